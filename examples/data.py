@@ -1,0 +1,241 @@
+"""Patients for the examples: the phantom that ships with the package, or real data from a folder.
+
+A :class:`Cohort` is all that the demo needs to know: who is in training, who is in the test set, how often
+each modality is missing in training. Real data is read from a folder and never copied into the repository.
+
+Formats of a folder with ``index.json`` (soft-tissue sarcoma: CT, FDG-PET, T1 MR with an expert outline of the
+tumour) or of ``*.npz`` files with ``flair``, ``t1c``, ``t1``, ``t2`` and ``lesion`` (multiple sclerosis).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from passion_plugin.evaluation import BRATS_REGIONS
+from passion_plugin.phantom import MODALITIES, PhantomDataset, standardise
+
+__all__ = ["Cases", "Cohort", "RandomPatches", "load_cohort", "ms4_cohort", "phantom_cohort", "sts_cohort"]
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Patients of one study, split into training and test.
+
+    Attributes:
+        name: for titles.
+        modalities: names, in the order of the image channels.
+        num_classes: labels 0..K-1.
+        regions: what is scored: name to labels.
+        missing_rates: how often each modality is missing in training.
+        train: complete training patients; what is missing is removed later.
+        test: complete test patients.
+        credit: to be quoted wherever a figure is shown.
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    num_classes: int
+    regions: Mapping[str, Sequence[int]]
+    missing_rates: Mapping[str, float]
+    train: PhantomDataset | Cases
+    test: PhantomDataset | Cases
+    credit: str = ""
+
+
+class Cases(Dataset[Item]):
+    """Patients read from files, kept in memory after the first access.
+
+    Args:
+        ids: names, in order.
+        read: ``read(id)`` gives image (M, *spatial) float32 and label (*spatial) int64.
+        multiple: spatial sizes are padded with zeros (background) to a multiple of this.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        read: Callable[[str], tuple[NDArray[np.float32], NDArray[np.int64]]],
+        multiple: int = 8,
+    ) -> None:
+        self.ids = list(ids)
+        self._read = read
+        self._multiple = multiple
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Number of patients."""
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Item:
+        """``{"image": (M, *spatial) float32, "label": (*spatial) int64, "id": str}``."""
+        if index not in self._cache:
+            image, label = (torch.from_numpy(part) for part in self._read(self.ids[index]))
+            least = [max(16, -(-size // self._multiple) * self._multiple) for size in label.shape]
+            self._cache[index] = pad_to(image, least), pad_to(label, least)
+        image, label = self._cache[index]
+        return {"image": image.clone(), "label": label.clone(), "id": self.ids[index]}
+
+
+class RandomPatches(Dataset[Item]):
+    """Random patches, half of them around a labelled voxel, with random flips.
+
+    Patient and position of patch i depend on ``seed`` and i alone, so that two runs get the same batches.
+    Every patient is drawn equally often: patches ``N e .. N (e + 1) - 1`` are one epoch over N patients.
+
+    Args:
+        cases: items with ``"image"`` (M, *spatial), ``"label"`` (*spatial) and what else is to be handed on.
+        size: voxels of a patch; patients that are smaller are padded with zeros.
+        count: number of patches.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, cases: Any, size: Sequence[int], count: int, seed: int = 0) -> None:
+        self.cases, self.size, self.count, self.seed = cases, tuple(size), count, seed
+
+    def __len__(self) -> int:
+        """Number of patches."""
+        return self.count
+
+    def __getitem__(self, index: int) -> Item:
+        """The item of one patient, cropped and flipped."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"patch {index} is outside 0..{self.count - 1}.")
+        epoch, place = divmod(index, len(self.cases))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.cases))
+        item = dict(self.cases[int(order[place])])
+        rng = np.random.default_rng((self.seed, epoch, place))
+        image, label = pad_to(item["image"], self.size), pad_to(item["label"], self.size)
+        corner = [
+            int(rng.integers(full - part + 1)) for full, part in zip(label.shape, self.size, strict=True)
+        ]
+        marked = label.nonzero()
+        if len(marked) and rng.random() < 0.5:
+            voxel = marked[int(rng.integers(len(marked)))].tolist()
+            corner = [
+                min(max(v - int(rng.integers(part)), 0), full - part)
+                for v, full, part in zip(voxel, label.shape, self.size, strict=True)
+            ]
+        window = tuple(slice(start, start + part) for start, part in zip(corner, self.size, strict=True))
+        axes = [axis for axis in range(-len(self.size), 0) if rng.random() < 0.5]
+        item["image"] = image[(slice(None), *window)].flip(axes).contiguous()
+        item["label"] = label[window].flip(axes).contiguous()
+        return item
+
+
+def load_cohort(data: str, *, seed: int = 0, fold: int = 0, smoke: bool = False) -> Cohort:
+    """Read the cohort that ``--data`` names.
+
+    Args:
+        data: ``"phantom"``, or a folder in one of the two formats of this module.
+        seed: of the phantom.
+        fold: test fold of a folder that has folds.
+        smoke: few and small phantoms.
+
+    Raises:
+        FileNotFoundError: when ``data`` is neither.
+    """
+    if data == "phantom":
+        return phantom_cohort(seed, *((4, 2, 16) if smoke else (32, 12, 40)))
+    folder = Path(data)
+    if (folder / "index.json").is_file():
+        return sts_cohort(folder, fold)
+    if any(folder.glob("ms_*.npz")):
+        return ms4_cohort(folder)
+    raise FileNotFoundError(
+        f"--data {data!r}: not 'phantom', and no folder with index.json or ms_*.npz files. "
+        f"{'The folder exists but has neither.' if folder.is_dir() else 'There is no such folder.'}"
+    )
+
+
+def phantom_cohort(seed: int = 0, train: int = 32, test: int = 12, size: int = 40) -> Cohort:
+    """Phantom patients of ``size``^3 voxels at the missing rates of the paper, (0.2, 0.4, 0.6, 0.8)."""
+    return Cohort(
+        name="phantom",
+        modalities=MODALITIES,
+        num_classes=4,
+        regions=BRATS_REGIONS,
+        missing_rates=dict(zip(MODALITIES, (0.2, 0.4, 0.6, 0.8), strict=True)),
+        train=PhantomDataset(train, (size,) * 3, seed=2 * seed),
+        test=PhantomDataset(test, (size,) * 3, seed=2 * seed + 1),
+    )
+
+
+def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
+    """Soft-tissue sarcoma, CT, PET and T1; the test set is one of the folds of ``index.json``.
+
+    The label is the expert outline of the tumour. PET, which shows it best, is missing most often.
+    """
+    subjects = json.loads((folder / "index.json").read_text())["subjects"]
+    folds = {name: int(entry["fold"]) for name, entry in sorted(subjects.items())}
+    if fold not in folds.values():
+        known = sorted(set(folds.values()))
+        raise ValueError(f"fold {fold} is not in {folder / 'index.json'}; it has {known}.")
+
+    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        with np.load(folder / f"{name}.npz") as file:
+            stored = {key: file[key].astype(np.float32) for key in ("ct", "pet", "t1")}
+            label = file["gtv"].astype(np.int64)
+        # CT and PET are quantitative and keep a common scale; MR is scaled within its own field of view.
+        ct = (2 * stored["ct"] - 200) / 100
+        pet = np.sqrt(30) * stored["pet"] / 255 - 1
+        t1 = standardise(stored["t1"][None])[0]
+        return np.stack([ct, pet, t1]).astype(np.float32), label
+
+    return Cohort(
+        name=f"soft-tissue sarcoma, fold {fold}",
+        modalities=("ct", "pet", "t1"),
+        num_classes=2,
+        regions={"GTV": (1,)},
+        missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
+        train=Cases([name for name, place in folds.items() if place != fold], read),
+        test=Cases([name for name, place in folds.items() if place == fold], read),
+        credit="Vallières et al. 2015, Soft-tissue-Sarcoma, The Cancer Imaging Archive, "
+        "doi:10.7937/K9/TCIA.2015.7GO2GSKS, CC BY 3.0, processed by the IBSI validation study; "
+        "reduced in resolution and to 8 bits here",
+    )
+
+
+def ms4_cohort(folder: Path) -> Cohort:
+    """Multiple sclerosis, four MR modalities; the last patient is the test set.
+
+    For trying that real files go through. Nothing can be concluded from so few patients.
+    """
+    stored = {"flair": "flair", "t1ce": "t1c", "t1": "t1", "t2": "t2"}
+    names = sorted(path.stem for path in folder.glob("ms_*.npz"))
+
+    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        with np.load(folder / f"{name}.npz") as file:
+            image = np.stack([file[key].astype(np.float32) for key in stored.values()])
+            label = file["lesion"].astype(np.int64)
+        return standardise(image), label
+
+    return Cohort(
+        name="multiple sclerosis",
+        modalities=tuple(stored),
+        num_classes=2,
+        regions={"lesion": (1,)},
+        missing_rates=dict(zip(stored, (0.2, 0.4, 0.6, 0.8), strict=True)),
+        train=Cases(names[:-1], read),
+        test=Cases(names[-1:], read),
+        credit="Lesjak et al., Neuroinformatics 2017, doi:10.1007/s12021-017-9348-7, CC BY; "
+        "cropped and reduced to 8 bits here",
+    )
+
+
+def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Pad the last ``len(size)`` axes with zeros at their end, up to ``size`` where they are smaller."""
+    missing = [max(0, want - have) for want, have in zip(size, x.shape[-len(size) :], strict=True)]
+    return F.pad(x, [amount for extra in reversed(missing) for amount in (0, extra)])

@@ -1,0 +1,295 @@
+"""Train one small network twice on incomplete data, plain and with PASSION, and compare every subset.
+
+    python -m examples.demo                          # the synthetic phantom
+    python -m examples.demo --data FOLDER --fold 0   # real patients, see examples/data.py
+
+Both runs see the same initial weights, batches and hyper-parameters. What a training patient lacks is really
+removed; the test patients are complete and are shown to the network subset by subset. The folder ``--out``
+gets ``table.md``, ``results.csv`` (summary), ``plain.csv`` and ``passion.csv`` (every score), ``run.json``
+and the pictures ``preference.png``, ``heatmap.png`` and ``overlays.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from examples import figures
+from examples.backbones import BACKBONES, RFNetLike
+from examples.data import Cohort, RandomPatches, load_cohort
+from passion_plugin.config import PassionConfig
+from passion_plugin.evaluation import SubsetResults, evaluate_subsets
+from passion_plugin.losses import dice_loss, weighted_cross_entropy
+from passion_plugin.missing import IncompleteDataset, PresenceTable, draw_presence
+from passion_plugin.preference import Preference
+from passion_plugin.wrapper import PassionWrapper
+
+__all__ = ["Run", "compare", "criterion", "main", "table", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training left.
+
+    Attributes:
+        model: the bare backbone.
+        results: Dice on every subset of the test patients.
+        history: the preference after every epoch; empty for the plain run.
+        seconds: wall-clock of the training alone.
+    """
+
+    model: nn.Module
+    results: SubsetResults
+    history: list[Preference]
+    seconds: float
+
+
+def criterion(prediction: Any, target: Tensor) -> Tensor:
+    """The user's own loss, a scalar: cross-entropy and Dice.
+
+    Args:
+        prediction: logits (B, K, *spatial), or RFNet-like ``(logits, unimodal, coarse)``, of which the
+            coarse logits are supervised as well, each level with half the weight of the finer one. (The
+            uni-modal ones also contain modalities that the sample lacks.)
+        target: labels (B, *spatial).
+    """
+    logits, coarse = (prediction[0], prediction[2]) if isinstance(prediction, tuple) else (prediction, ())
+    loss = (weighted_cross_entropy(logits, target) + dice_loss(logits, target)).mean()
+    for level, output in enumerate(coarse):
+        small = target[(slice(None), *[slice(None, None, 2**level)] * (target.ndim - 1))]
+        loss = loss + 0.5 ** (level + 1) * weighted_cross_entropy(output, small).mean()
+    return loss
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    wrap: Callable[[nn.Module], PassionWrapper] | None = None,
+    lr: float = 3e-3,
+    name: str = "plain",
+) -> list[Preference]:
+    """An ordinary training loop; the three places that know of PASSION are numbered.
+
+    Args:
+        model: the backbone; trained in place.
+        loader: yields ``"image"`` (B, M, *spatial), ``"mask"`` (B, M) bool and ``"label"`` (B, *spatial).
+        steps: number of batches in ``loader``.
+        steps_per_epoch: after so many the preference is updated.
+        wrap: how to wrap the backbone; None trains plainly.
+        lr: peak learning rate of AdamW, decayed polynomially to 0.
+        name: for the progress bar.
+
+    Returns:
+        The preference after every epoch, empty without ``wrap``.
+    """
+    from tqdm import tqdm
+
+    passion = wrap(model) if wrap else None  # 1: wrap
+    network = passion or model
+    network.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
+    history = []
+    with tqdm(loader, total=steps, desc=f"train {name:8s}", unit="step") as bar:
+        for step, batch in enumerate(bar, start=1):
+            prediction = network(batch["image"], batch["mask"])
+            loss = criterion(prediction, batch["label"])
+            if passion:
+                loss = loss + passion.passion_loss(batch["label"])  # 2: distil
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            schedule.step()
+            if passion and (step % steps_per_epoch == 0 or step == steps):
+                history.append(passion.end_epoch())  # 3: update the preference
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    if passion:
+        passion.unwrap()
+    return history
+
+
+def run(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, *, passion: bool) -> Run:
+    """Train and evaluate once; all random numbers come from ``options.seed``, the same for both runs."""
+    torch.manual_seed(options.seed)
+    model = BACKBONES[options.backbone](cohort.modalities, cohort.num_classes)
+    incomplete = IncompleteDataset(cohort.train, presence)
+    patches = RandomPatches(
+        incomplete, (options.patch,) * 3, options.steps * options.batch_size, seed=options.seed
+    )
+    config = PassionConfig(**dict(options.config))
+
+    def wrap(backbone: nn.Module) -> PassionWrapper:
+        return PassionWrapper(backbone, modalities=cohort.modalities, presence=presence, config=config)
+
+    name = "PASSION" if passion else "plain"
+    start = time.perf_counter()
+    if isinstance(model, RFNetLike):
+        model.is_training = True
+    history = train(
+        model,
+        DataLoader(patches, batch_size=options.batch_size),
+        steps=options.steps,
+        steps_per_epoch=max(1, len(incomplete) // options.batch_size),
+        wrap=wrap if passion else None,
+        lr=options.lr,
+        name=name,
+    )
+    seconds = time.perf_counter() - start
+    if isinstance(model, RFNetLike):
+        model.is_training = False
+    results = evaluate_subsets(
+        model,
+        DataLoader(cohort.test, batch_size=1),
+        modalities=cohort.modalities,
+        num_classes=cohort.num_classes,
+        regions=cohort.regions,
+        progress=True,
+    )
+    return Run(model, results, history, seconds)
+
+
+def table(plain: SubsetResults, passion: SubsetResults) -> tuple[str, list[dict[str, Any]]]:
+    """Dice in percent of both runs and their paired difference, mean ± sd over test patients.
+
+    Returns:
+        An aligned Markdown table of the mean over regions, and the same as records with one line per
+        subset or group and region besides.
+    """
+    difference = passion.compare(plain)
+    columns = {"plain": plain, "passion": passion, "difference": difference}
+    groups = plain.groups("subset")
+    groups |= {f"contains {name}": members for name, members in plain.groups("modality").items()}
+    groups["all subsets"] = plain.subsets
+    targets = {"mean": plain.targets, **({t: (t,) for t in plain.targets} if len(plain.targets) > 1 else {})}
+    records: list[dict[str, Any]] = []
+    for group, members in groups.items():
+        for target, names in targets.items():
+            record: dict[str, Any] = {"subset": group, "target": target}
+            for column, results in columns.items():
+                summary = results.summary(subsets=members, targets=names)
+                record |= {f"{column}_mean": 100 * summary.mean, f"{column}_sd": 100 * summary.sd}
+                record["n"] = summary.n
+            records.append(record)
+    lines = [["modalities", "plain", "PASSION", "difference", "n"]]
+    for record in records:
+        if record["target"] == "mean":
+            cells = [
+                f"{record[f'{column}_mean']:{'+' if column == 'difference' else ''}.1f}"
+                f" ± {record[f'{column}_sd']:.1f}"
+                for column in columns
+            ]
+            lines.append([record["subset"], *cells, str(record["n"])])
+    return aligned(lines), records
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up as plain text; the first line is the header."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def text(line: Sequence[str]) -> str:
+        first, *rest = zip(line, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)]) + " |"
+
+    dashes = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([text(lines[0]), f"|{'|'.join(dashes)}|", *map(text, lines[1:])]) + "\n"
+
+
+def compare(cohort: Cohort, options: argparse.Namespace) -> dict[str, Run]:
+    """Both runs, and everything that ``options.out`` is to hold."""
+    presence = draw_presence(
+        cohort.train.ids, cohort.missing_rates, seed=options.seed, modalities=cohort.modalities
+    )
+    runs = {
+        "plain": run(cohort, presence, options, passion=False),
+        "PASSION": run(cohort, presence, options, passion=True),
+    }
+    write(cohort, presence, options, runs)
+    return runs
+
+
+def write(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, runs: dict[str, Run]) -> None:
+    """Write tables and pictures to ``options.out`` and print the table."""
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    plain, passion = runs["plain"], runs["PASSION"]
+    text, records = table(plain.results, passion.results)
+    real = presence.missing_rates
+    caption = (
+        f"Dice (%) on {cohort.name}, mean over {', '.join(cohort.regions)}, mean ± sd over test patients; "
+        f"{options.backbone} network, {options.steps} steps of {options.batch_size} patches of "
+        f"{options.patch}^3, seed {options.seed}. Missing in training: "
+        + ", ".join(f"{name} {rate:.0%}" for name, rate in real.items())
+        + f". Training took {plain.seconds:.0f} s plain and {passion.seconds:.0f} s with PASSION."
+        + (f" Data: {cohort.credit}." if cohort.credit else "")
+    )
+    details = "".join(f"\n## {name}\n\n{each.results.to_markdown(digits=1)}" for name, each in runs.items())
+    (out / "table.md").write_text(f"{caption}\n\n{text}{details}", encoding="utf-8")
+    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    plain.results.to_csv(out / "plain.csv")
+    passion.results.to_csv(out / "passion.csv")
+    facts = {
+        "options": {**vars(options), "out": str(out)},
+        "config": asdict(PassionConfig(**dict(options.config))),
+        "missing_rates": {"nominal": dict(cohort.missing_rates), "real": real},
+        "seconds": {name: each.seconds for name, each in runs.items()},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (out / "run.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    figures.preference_curves(passion.history, real, out / "preference.png")
+    figures.heat_maps(plain.results, passion.results, out / "heatmap.png", credit=cohort.credit)
+    figures.overlays({name: each.model for name, each in runs.items()}, cohort, out / "overlays.png")
+    print(f"\n{caption}\n\n{text}\nTables and pictures are in {out}/")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    add = parser.add_argument
+    add("--data", default="phantom", help="'phantom' or a folder with real patients (default: phantom)")
+    add("--out", default="demo_output", help="folder for tables and pictures (default: demo_output)")
+    add("--backbone", choices=sorted(BACKBONES), default="uhemis")
+    add("--steps", type=int, default=400, help="optimizer steps of each run (default: 400)")
+    add("--batch-size", type=int, default=2, help="patches per step (default: 2)")
+    add("--patch", type=int, default=24, help="voxels of a patch per axis, a multiple of 8 (default: 24)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
+    add("--seed", type=int, default=0)
+    add("--fold", type=int, default=0, help="test fold of a folder that has folds (default: 0)")
+    add("--smoke", action="store_true", help="a few steps on tiny phantoms: does everything run?")
+    add(
+        "--config",
+        nargs="*",
+        default=[],
+        type=lambda text: (text.split("=")[0], float(text.split("=")[1])),
+        metavar="NAME=NUMBER",
+        help="hyper-parameters of PassionConfig, as in --config temperature=2 unimodal_weight=0.5",
+    )
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.steps, options.patch = 4, 16
+    cohort = load_cohort(options.data, seed=options.seed, fold=options.fold, smoke=options.smoke)
+    return compare(cohort, options)
+
+
+if __name__ == "__main__":
+    main()

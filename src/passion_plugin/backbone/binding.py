@@ -1,0 +1,259 @@
+"""A spec that has met its backbone: names resolved to modules, arguments located, masks translated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from passion_plugin.backbone.calls import BackboneCall, locate_argument
+from passion_plugin.backbone.inputs import batch_size, blank, split
+from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
+from passion_plugin.backbone.spec import BackboneSpec
+from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.taps import resolve_module
+
+__all__ = ["BoundBackbone"]
+
+
+class BoundBackbone:
+    """A backbone and its spec, checked against each other.
+
+    Args:
+        backbone: the user's module; nothing is written to it.
+        spec: how to talk to it.
+        modalities: names, in the order of the user.
+        forward: what to call to run the backbone, when that is not the backbone itself.
+
+    Raises:
+        ConfigError: listing every name that does not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        spec: BackboneSpec,
+        modalities: Sequence[str],
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.spec = spec
+        self.modalities = tuple(modalities)
+        self.forward = forward
+        problems: list[str] = []
+        modules = dict(backbone.named_modules(remove_duplicate=False))
+
+        def resolve(name: str, role: str) -> nn.Module | None:
+            path, problem = resolve_module(backbone, name)
+            if path is None:
+                problems.append(f"{role}: {problem}")
+                return None
+            return modules[path]
+
+        self.classifier = resolve(spec.classifier, "classifier")
+        self.coarse = [resolve(name, "coarse") for name in spec.coarse]
+        self.encoders: dict[str, tuple[nn.Module, ...]] = {}
+        for modality, names in spec.encoders.items():
+            if modality not in self.modalities:
+                problems.append(f"encoders: unknown modality {modality!r}.{suggest(modality, self.modalities)}")
+            found = [resolve(name, f"encoders[{modality!r}]") for name in names]
+            self.encoders[modality] = tuple(module for module in found if module is not None)
+        problems += [
+            f"encoders: modality {name!r} has none" for name in self.modalities if spec.encoders and name not in spec.encoders
+        ]
+        problems += _shared(self.encoders)
+        if spec.mask_columns is not None and sorted(spec.mask_columns) != sorted(self.modalities):
+            problems.append(f"mask_columns {spec.mask_columns} must be a permutation of {self.modalities}")
+        if not callable(spec.light):
+            problems += [problem for name in spec.light if (problem := self._missing_attribute(name))]
+        raise_problems(problems, what=f"the spec does not fit {type(backbone).__name__}", error=ConfigError)
+
+        several = not isinstance(spec.input_argument, (int, str))
+        keys = spec.input_argument if several else (spec.input_argument,)
+        self._several_inputs = several
+        self._inputs = [locate_argument(backbone, key) for key in keys]  # type: ignore[union-attr, arg-type]
+        self._mask = None if spec.mask_argument is None else locate_argument(backbone, spec.mask_argument)
+        self._codec = (
+            spec.mask_format
+            if isinstance(spec.mask_format, MaskCodec)
+            else codec_for(spec.mask_format, spec.mask_meaning, spec.mask_columns, self.modalities)
+        )
+
+    def run(self, call: BackboneCall) -> Any:
+        """Call the backbone as its user would."""
+        return (self.forward or self.backbone)(*call.args, **call.kwargs)
+
+    def input_of(self, call: BackboneCall) -> Any:
+        """Return the images of a call: the argument itself, or a tuple when each modality is an argument."""
+        values = [call.get(argument) for argument in self._inputs]
+        if any(value is None for value in values):
+            raise InputError(f"the call has no {', '.join(map(str, self._inputs))}: the images of the backbone")
+        return tuple(values) if self._several_inputs else values[0]
+
+    def with_input(self, call: BackboneCall, x: Any) -> BackboneCall:
+        """Return the call with other images."""
+        for argument, value in zip(self._inputs, x if self._several_inputs else (x,), strict=True):
+            call = call.replaced(argument, value)
+        return call
+
+    def batch_of(self, call: BackboneCall) -> int:
+        """Return the batch size of a call."""
+        return batch_size(self.input_of(call))
+
+    def has_mask(self, call: BackboneCall) -> bool:
+        """Whether the call says which modalities are present."""
+        return self._mask is not None and call.get(self._mask) is not None
+
+    def presence_of(self, call: BackboneCall) -> Tensor:
+        """Read the mask of a call.
+
+        Returns:
+            bool (B, M) on the CPU, in the order of ``modalities``.
+
+        Raises:
+            InputError: no mask, wrong dtype or shape, or a sample in which everything is missing.
+        """
+        batch = self.batch_of(call)
+        if not self.has_mask(call):
+            what = "takes no mask" if self._mask is None else f"was called without its mask ({self._mask})"
+            raise InputError(
+                f"the backbone {what}, so that nothing says which modalities are present: pass "
+                f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)})"
+            )
+        assert self._mask is not None
+        presence = check_mask(self._codec.decode(call.get(self._mask)), batch, self.modalities, what="the mask")
+        if not self.spec.mixed_masks and not bool((presence == presence[0]).all()):
+            raise InputError(
+                "this backbone cannot mix masks in one batch (BackboneSpec.mixed_masks is False), but the samples "
+                "have different ones: group samples by their modalities, or use batches of one"
+            )
+        return presence
+
+    def check_finite(self, call: BackboneCall, presence: Tensor) -> None:
+        """Raise when a modality that is said to be present holds NaN or infinity.
+
+        Raises:
+            InputError: naming samples and modalities.
+        """
+        if self.spec.absent is not None:
+            return
+        parts = split(self.input_of(call), self.modalities)
+        finite = torch.stack([part.isfinite().flatten(1).all(1).cpu() for part in parts], dim=1)
+        broken = (presence & ~finite).nonzero().tolist()
+        if broken:
+            listed = ", ".join(f"{self.modalities[column]!r} of sample {row}" for row, column in broken[:8])
+            raise InputError(
+                f"NaN or infinity in a modality that is marked present: {listed}. Mark it missing in the mask, or "
+                f"repair the image; nothing was computed from this batch"
+            )
+
+    def blanked(self, call: BackboneCall, keep: Tensor) -> BackboneCall:
+        """Return the call with every modality outside ``keep`` (bool (B, M)) made absent in the images."""
+        if bool(keep.all()):
+            return call
+        x = self.input_of(call)
+        absent = self.spec.absent
+        return self.with_input(call, absent(x, keep) if absent else blank(x, keep, self.modalities))
+
+    def run_masked(self, call: BackboneCall, keep: Tensor) -> Any:
+        """Run the backbone on a call with the modalities outside ``keep`` blanked and masked.
+
+        Args:
+            call: arguments of all the rows that take part.
+            keep: bool (B, M), the modalities that are let through.
+        """
+        call = self.blanked(call, keep).with_keywords(self.spec.light_arguments)
+        x = self.input_of(call)
+        device = next((leaf.device for leaf in _leaves(x)), None)
+        if self.spec.call is not None:
+            return self.spec.call(self.backbone, x, keep.to(device))
+        if self._mask is not None:
+            call = call.replaced(self._mask, self._codec.encode(keep.to(device)))
+        return self.run(call)
+
+    def rows(self, call: BackboneCall, index: Tensor, batch: int) -> BackboneCall:
+        """Return the call reduced to some rows; its mask is left alone and has to be replaced."""
+        if torch.equal(index, torch.arange(batch)):
+            return call
+        return call.rows(index, batch, whole=() if self._mask is None else (self._mask,))
+
+    @contextmanager
+    def student_mode(self) -> Iterator[None]:
+        """Auxiliary outputs off, and running statistics of normalisation layers at rest."""
+        with ExitStack() as stack:
+            if callable(self.spec.light):
+                stack.enter_context(self.spec.light(self.backbone))
+            else:
+                stack.enter_context(_attributes(self.backbone, self.spec.light))
+            stack.enter_context(_resting_statistics(self.backbone))
+            yield
+
+    def _missing_attribute(self, name: str) -> str:
+        owner, _, attribute = name.rpartition(".")
+        module = dict(self.backbone.named_modules(remove_duplicate=False)).get(owner)
+        if module is None or not hasattr(module, attribute):
+            known = [key for key in vars(module or self.backbone) if not key.startswith("_")]
+            return f"light: the backbone has no attribute {name!r}.{suggest(attribute, known)}"
+        return ""
+
+
+def _shared(encoders: Mapping[str, Sequence[nn.Module]]) -> list[str]:
+    owners: dict[int, str] = {}
+    problems = []
+    for modality, modules in encoders.items():
+        for module in modules:
+            other = owners.setdefault(id(module), modality)
+            if other != modality:
+                problems.append(
+                    f"encoders: {other!r} and {modality!r} name the same module. A shared encoder is not private "
+                    f"to a modality: leave it out, it will be run again for each student"
+                )
+    return problems
+
+
+def _leaves(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ()
+    return [leaf for value in values for leaf in _leaves(value)]
+
+
+@contextmanager
+def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    before: list[tuple[nn.Module, str, bool, Any]] = []
+    try:
+        for name, value in values.items():
+            owner, _, attribute = name.rpartition(".")
+            module = backbone.get_submodule(owner)
+            before.append((module, attribute, attribute in module.__dict__, getattr(module, attribute)))
+            setattr(module, attribute, value)
+        yield
+    finally:
+        for module, attribute, own, value in reversed(before):
+            if own:
+                setattr(module, attribute, value)
+            else:
+                delattr(module, attribute)
+
+
+@contextmanager
+def _resting_statistics(backbone: nn.Module) -> Iterator[None]:
+    """Take running statistics away from normalisation layers in training mode, and give them back.
+
+    Without them the layers normalise with the statistics of the batch, as they do anyway in training, and
+    have nothing to update. Setting the momentum to zero would not do: 0 × NaN poisons the statistics.
+    """
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    layers = [layer for layer in backbone.modules() if isinstance(layer, _NormBase) and layer.training]
+    before = [{name: layer._buffers.get(name) for name in names} for layer in layers]
+    try:
+        for layer in layers:
+            layer._buffers.update(dict.fromkeys(names))
+        yield
+    finally:
+        for layer, buffers in zip(layers, before, strict=True):
+            layer._buffers.update(buffers)

@@ -1,0 +1,83 @@
+"""The images of a batch, whatever container the backbone wants them in, modality by modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passion_plugin.errors import InputError, suggest
+
+__all__ = ["batch_size", "blank", "join", "split"]
+
+
+def split(x: Any, modalities: Sequence[str]) -> list[Tensor]:
+    """Return the tensors (B, C_m, *spatial) of each modality, in the order of ``modalities``.
+
+    Args:
+        x: a tensor (B, M·C, *spatial) with the modalities one after the other along the channels, a list or
+            tuple of M tensors, or a mapping from modality name to tensor.
+        modalities: names.
+
+    Raises:
+        InputError: when ``x`` does not hold one image for each modality.
+    """
+    count = len(modalities)
+    if isinstance(x, Tensor):
+        if x.ndim < 3 or x.shape[1] % count:
+            raise InputError(
+                f"the input must have shape (batch, {count} × channels, *spatial) for modalities "
+                f"{tuple(modalities)}, got {tuple(x.shape)}"
+            )
+        return list(x.chunk(count, dim=1))
+    if isinstance(x, Mapping):
+        absent = [name for name in modalities if name not in x]
+        if absent:
+            hints = "".join(suggest(name, map(str, x)) for name in absent[:1])
+            raise InputError(f"the input mapping has no entry for {absent}.{hints}")
+        return [x[name] for name in modalities]
+    if isinstance(x, (list, tuple)) and len(x) == count and all(isinstance(part, Tensor) for part in x):
+        return list(x)
+    raise InputError(
+        f"the input must be a tensor, a list of {count} tensors or a mapping by modality name, got "
+        f"{type(x).__name__}. For anything else set BackboneSpec.absent and BackboneSpec.call"
+    )
+
+
+def join(parts: Sequence[Tensor], like: Any, modalities: Sequence[str]) -> Any:
+    """Put the modalities back into a container of the same kind as ``like``; the inverse of :func:`split`."""
+    if isinstance(like, Tensor):
+        return torch.cat(list(parts), dim=1)
+    if isinstance(like, Mapping):
+        return {**like, **dict(zip(modalities, parts, strict=True))}
+    return type(like)(parts)
+
+
+def blank(x: Any, keep: Tensor, modalities: Sequence[str]) -> Any:
+    """Set every modality that is not kept to zero, sample by sample; NaN in it disappears too.
+
+    Args:
+        x: the input, as for :func:`split`. Never written to.
+        keep: bool (B, M).
+        modalities: names.
+
+    Returns:
+        A container like ``x``; ``x`` itself when everything is kept.
+    """
+    if bool(keep.all()):
+        return x
+    parts = []
+    for column, part in enumerate(split(x, modalities)):
+        here = keep[:, column].to(part.device).view(-1, *[1] * (part.ndim - 1))
+        parts.append(torch.where(here, part, torch.zeros((), dtype=part.dtype, device=part.device)))
+    return join(parts, x, modalities)
+
+
+def batch_size(x: Any) -> int:
+    """Return the batch size of an input in any of the containers of :func:`split`."""
+    first = x if isinstance(x, Tensor) else next(iter(x.values() if isinstance(x, Mapping) else x), None)
+    if not isinstance(first, Tensor) or first.ndim == 0:
+        raise InputError(f"cannot read a batch size off an input of type {type(x).__name__}")
+    return first.shape[0]

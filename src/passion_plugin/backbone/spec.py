@@ -1,0 +1,160 @@
+"""BackboneSpec: how to talk to a backbone, as plain data and a few callables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from passion_plugin.backbone.masks import MASK_FORMATS, MaskCodec
+from passion_plugin.errors import raise_problems
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["BackboneSpec", "Outputs", "Students"]
+
+Outputs = Literal["softmax", "sigmoid"]
+Students = Literal["auto", "replay", "mixed", "rerun", "heads"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """How to talk to a multi-encoder segmentation backbone. The backbone itself is never edited.
+
+    Module names are exact dotted names, or dotted suffixes that fit one module only; ``t1`` never matches
+    ``t1ce``. They are resolved when the spec meets its backbone, and every wrong one is reported at once.
+
+    Attributes:
+        classifier: the module whose output are the logits (B, K, *spatial) of the fused prediction and whose
+            input are the features that are compared.
+        encoders: for each modality the modules of its private path: all that depends on it alone. Empty: no
+            encoder is replayed.
+        coarse: modules whose outputs are coarse logits of the fused path (deep supervision), finest first;
+            number ``j`` = 1, 2, … is distilled with weight ``2^-j``.
+        outputs: ``"softmax"`` for exclusive classes, ``"sigmoid"`` for overlapping regions.
+        input_argument: position or name of the images in the call; a tuple when each modality is an argument.
+        mask_argument: position or name of the mask, or None when the backbone takes none. Then every call
+            in training needs ``passion_presence=``.
+        mask_format: ``"bool"``, ``"float"`` or ``"int"`` for a tensor (B, M); ``"indices"`` for a list of column
+            numbers that holds for the whole batch; a :class:`MaskCodec` for anything else.
+        mask_meaning: whether a 1 in the mask says ``"present"`` or ``"missing"``.
+        mask_columns: modality that each mask column switches, when that is not the order of ``modalities``.
+        mixed_masks: whether the samples of one batch may have different masks.
+        light: what switches the auxiliary training outputs off in student passes: attributes to set, by
+            dotted name (``{"is_training": False}``), or a function from the backbone to a context manager.
+        light_arguments: keyword arguments that student passes add or replace, for the same purpose.
+        absent: ``(x, mask) -> x``, what an absent modality looks like to this backbone; zeros when None.
+        call: ``(backbone, x, mask) -> raw`` with a bool mask (B, M), replaces the call in student passes.
+        unimodal_outputs: ``(raw) -> sequence of M tensors (B, K, *spatial)``, probabilities that a separate
+            uni-modal decoder of the backbone put into its training output. Used by the official mode.
+        students: how one modality is let through alone. ``"replay"``: encoder outputs of the fused pass are
+            used again. ``"mixed"``: those of the modality are, those of the others come from an absent input.
+            ``"rerun"``: everything runs again on a blanked input. ``"heads"``: small heads on the encoder
+            features, for backbones that cannot let a single modality through. ``"auto"``: the first that the
+            checks show to be exact.
+        copy_features: keep copies of encoder outputs, for backbones that change them in place.
+        stackable: whether several students may share one stacked batch; set by the checks.
+
+    Raises:
+        ConfigError: listing every field that is wrong.
+
+    Example:
+        >>> spec = BackboneSpec(
+        ...     encoders={"t1": "t1_encoder", "t2": ("t2_encoder", "t2_transformer")},
+        ...     classifier="decoder.seg_layer",
+        ...     light={"is_training": False},
+        ... )
+        >>> spec.encoders["t1"]
+        ('t1_encoder',)
+    """
+
+    classifier: str
+    encoders: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    coarse: Sequence[str] = ()
+    outputs: Outputs = "softmax"
+    input_argument: int | str | Sequence[int | str] = 0
+    mask_argument: int | str | None = 1
+    mask_format: str | MaskCodec = "bool"
+    mask_meaning: Literal["present", "missing"] = "present"
+    mask_columns: Sequence[str] | None = None
+    mixed_masks: bool = True
+    light: Mapping[str, Any] | Callable[[nn.Module], AbstractContextManager[Any]] = field(default_factory=dict)
+    light_arguments: Mapping[str, Any] = field(default_factory=dict)
+    absent: Callable[[Any, Tensor], Any] | None = None
+    call: Callable[[nn.Module, Any, Tensor], Any] | None = None
+    unimodal_outputs: Callable[[Any], Sequence[Tensor]] | None = None
+    students: Students = "auto"
+    copy_features: bool = False
+    stackable: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, choices in (
+            ("outputs", get_args(Outputs)),
+            ("students", get_args(Students)),
+            ("mask_meaning", ("present", "missing")),
+        ):
+            if getattr(self, name) not in choices:
+                problems.append(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if not isinstance(self.mask_format, MaskCodec) and self.mask_format not in MASK_FORMATS:
+            problems.append(f"mask_format must be one of {MASK_FORMATS} or a MaskCodec, got {self.mask_format!r}")
+        if not self.classifier or not isinstance(self.classifier, str):
+            problems.append(f"classifier must be the name of a module, got {self.classifier!r}")
+        if self.students in ("replay", "mixed", "heads") and not self.encoders:
+            problems.append(f"students={self.students!r} needs the names of the encoders")
+        if self.students == "mixed" and self.absent is not None:
+            problems.append("students='mixed' replays features of a zero input and cannot be combined with absent=")
+        raise_problems(problems, what="BackboneSpec")
+        encoders = {
+            modality: (names,) if isinstance(names, str) else tuple(names) for modality, names in self.encoders.items()
+        }
+        object.__setattr__(self, "encoders", encoders)
+        object.__setattr__(self, "coarse", tuple(self.coarse))
+        if self.mask_columns is not None:
+            object.__setattr__(self, "mask_columns", tuple(self.mask_columns))
+
+    def replaced(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+    @classmethod
+    def detect(
+        cls,
+        backbone: nn.Module,
+        example_input: Any,
+        example_mask: Any = None,
+        *,
+        modalities: Sequence[str] | None = None,
+        **known: Any,
+    ) -> BackboneSpec:
+        """Find encoders and classifier of ``backbone``, check what holds for it, and return its spec.
+
+        Encoders are found by perturbation: the outermost modules whose every call depends on exactly one
+        modality. The classifier is found by value: the last layer whose output is the prediction as it is,
+        or after softmax, sigmoid or interpolation. The random state, the mode and the buffers of the backbone
+        are what they were afterwards.
+
+        Args:
+            backbone: any module.
+            example_input: images as the backbone takes them, all modalities with content; a few voxels and a
+                batch of 1 or 2 are enough.
+            example_mask: a mask as the backbone takes it; None when it takes none.
+            modalities: names; ``("0", "1", …)`` when None.
+            **known: fields of the spec that are known already and are not to be detected.
+
+        Returns:
+            A spec with ``students`` decided.
+
+        Raises:
+            BackboneError: listing everything that was not found or does not hold, and what to pass by hand.
+        """
+        from passion_plugin.backbone.report import examine
+
+        report = examine(backbone, example_input, example_mask, modalities=modalities, **known)
+        report.raise_problems()
+        assert report.spec is not None
+        return report.spec

@@ -1,0 +1,117 @@
+"""Every hyper-parameter of the method, with its symbol and its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from passion_plugin.errors import raise_problems
+
+__all__ = ["Memory", "Mode", "Modulation", "PassionConfig"]
+
+Mode = Literal["default", "official"]
+Modulation = Literal["distillation", "encoder", "none"]
+Memory = Literal["default", "low"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassionConfig:
+    r"""Hyper-parameters of PASSION (arXiv:2407.14796), immutable and checked on construction.
+
+    The objective that :meth:`PassionWrapper.passion_loss` adds to the user's own loss is
+
+    .. math::
+        \frac1B \sum_b \sum_m a_{bm} w_m \left(
+            \lambda_{pix} \beta_m K^{pix}_{bm} + \lambda_{proto}\, \omega_{bm} P_{bm} + u\, S_{bm} \right).
+
+    Attributes:
+        mode: ``"default"`` is the clean mathematics; ``"official"`` reproduces the numbers of the
+            published code at batch size 1, including its clamps, its up-sampled coarse outputs, one gate
+            per batch, and gate and beta on the uni-modal segmentation term.
+        temperature: :math:`T`, softens both sides of the pixel distillation. Paper: 4.
+        pixel_weight: :math:`\lambda_{pix}`, weight of the pixel distillation. Published code: 0.5.
+        prototype_weight: :math:`\lambda_{proto}`, weight of the prototype distillation. Published code: 0.1.
+        unimodal_weight: :math:`u`, weight of the uni-modal segmentation loss. Part of the paper's task loss.
+        eta: :math:`\eta`, step size of the beta update. Published code: 0.01.
+        eta_growth: factor on :math:`\eta` at epochs 0, ``eta_every``, 2 ``eta_every``, … Published code: 1.5.
+        eta_every: epochs between two growths of :math:`\eta`. Published code: 100.
+        beta_min: smallest :math:`\beta_m`. Published code: 0.1.
+        beta_max: largest :math:`\beta_m` before it is rescaled. Published code: 4.
+        warmup_epochs: for so many epochs only the uni-modal segmentation term is active and beta rests
+            (the published code trains its separate uni-modal decoder first). 0 switches it off.
+        modulation: where beta acts, through autograd hooks. ``"distillation"``: on the gradient of each
+            modality's pixel distillation, the paper's rule. ``"encoder"``: on everything that reaches the
+            parameters of encoder ``m``, as OGM-GE does. ``"none"``: nowhere.
+        memory: ``"low"`` recomputes each student pass during backward instead of keeping its activations.
+        stack_students: run all students in one stacked batch instead of a loop. Only for a backbone that
+            was shown to give the same numbers both ways; refused otherwise.
+        share_random_state: students start from the random state that the fused pass had after its last
+            encoder, so that dropout behind the encoders draws the same mask whenever a student runs on the
+            whole batch. Off in the published code, where the difference is a noise floor in the distance.
+
+    Raises:
+        ConfigError: listing every value that is out of range.
+
+    Example:
+        >>> PassionConfig(temperature=2.0).pixel_weight
+        0.5
+        >>> PassionConfig.official().mode
+        'official'
+    """
+
+    mode: Mode = "default"
+    temperature: float = 4.0
+    pixel_weight: float = 0.5
+    prototype_weight: float = 0.1
+    unimodal_weight: float = 1.0
+    eta: float = 0.01
+    eta_growth: float = 1.5
+    eta_every: int = 100
+    beta_min: float = 0.1
+    beta_max: float = 4.0
+    warmup_epochs: int = 0
+    modulation: Modulation = "distillation"
+    memory: Memory = "default"
+    stack_students: bool = False
+    share_random_state: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be one of {choices}, got {getattr(self, name)!r}"
+            for name, choices in (
+                ("mode", get_args(Mode)),
+                ("modulation", get_args(Modulation)),
+                ("memory", get_args(Memory)),
+            )
+            if getattr(self, name) not in choices
+        ]
+        for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("pixel_weight", "prototype_weight", "unimodal_weight", "eta", "warmup_epochs"):
+            if not getattr(self, name) >= 0:
+                problems.append(f"{name} must not be negative, got {getattr(self, name)!r}")
+        if self.eta_every < 1:
+            problems.append(f"eta_every must be at least 1, got {self.eta_every!r}")
+        if not self.beta_min <= 1 <= self.beta_max:
+            problems.append(
+                f"beta starts at 1, which must lie between beta_min={self.beta_min!r} and beta_max={self.beta_max!r}"
+            )
+        raise_problems(problems, what="PassionConfig")
+
+    @classmethod
+    def official(cls, **overrides: Any) -> PassionConfig:
+        """Return the configuration that reproduces the published code at batch size 1.
+
+        Args:
+            **overrides: fields to set differently.
+
+        Returns:
+            A configuration with ``mode="official"``; every other field keeps its default, which is the
+            value of the published code.
+        """
+        return cls(**{"mode": "official", **overrides})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary, for logs and checkpoints."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,92 @@
+"""Every exception and warning this library raises, and how their messages are built.
+
+A message says what was passed, what was found and what to do. Where several things are wrong they are
+reported together: fixing a spec one name at a time is a waste of the user's afternoon.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "BackboneError",
+    "ConfigError",
+    "InputError",
+    "PassionError",
+    "PassionWarning",
+    "UsageError",
+    "raise_problems",
+    "suggest",
+]
+
+
+class PassionError(Exception):
+    """Base of every error raised on purpose by this library."""
+
+
+class ConfigError(PassionError, ValueError):
+    """A configuration, a spec, a presence table or a name is wrong."""
+
+
+class InputError(PassionError, ValueError):
+    """A tensor or array handed over at run time has the wrong shape, dtype or content."""
+
+
+class BackboneError(PassionError, RuntimeError):
+    """The backbone cannot be used as asked (not detected, not replayable, mask without effect)."""
+
+
+class UsageError(PassionError, RuntimeError):
+    """Calls came in an order that makes no sense, such as ``passion_loss`` before ``forward``."""
+
+
+class PassionWarning(UserWarning):
+    """Category of every warning of this library, so that it can be filtered or turned into an error."""
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """Return a hint with close matches of ``name``, or with all candidates when they are few.
+
+    Args:
+        name: the name that was not found.
+        candidates: the names that exist.
+
+    Returns:
+        A sentence that starts with a space, or the empty string when there is nothing to suggest.
+
+    Example:
+        >>> suggest("t1c", ["flair", "t1ce", "t1", "t2"])
+        " Did you mean 't1ce', 't1' or 't2'?"
+    """
+    pool = sorted(set(candidates))
+    close = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
+    if close:
+        return f" Did you mean {_either(close)}?"
+    if 0 < len(pool) <= 12:
+        return f" Known: {', '.join(map(repr, pool))}."
+    return ""
+
+
+def raise_problems(problems: Sequence[str], *, what: str, error: type[PassionError] = ConfigError) -> None:
+    """Raise one error that lists every problem; do nothing when there is none.
+
+    Args:
+        problems: one sentence each, with what was found and what to do.
+        what: what was being checked, the start of the message.
+        error: class of the error.
+
+    Raises:
+        PassionError: of class ``error``, when ``problems`` is not empty.
+    """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise error(f"{what}: {problems[0]}")
+    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
+    raise error(f"{what}: {len(problems)} problems\n{lines}")
+
+
+def _either(names: Sequence[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"

@@ -1,0 +1,101 @@
+"""Autograd hooks that scale gradients, modality by modality.
+
+Tensor hooks only: full backward hooks on modules raise when an in-place ReLU follows, and 3-D networks are full
+of those. A hook on a tensor of one step dies with the graph of that step, so nothing has to be cleaned up;
+hooks on parameters are removed and set anew at every step, so that a deep copy never writes to its original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from passion_plugin.errors import raise_problems
+
+__all__ = ["EncoderModulation", "scale_gradient", "tied_encoders"]
+
+
+class _Scale:
+    """Multiplies a gradient by a constant."""
+
+    # Tells torch that a parameter may be pickled without a warning although this hook is left behind.
+    __torch_unserializable__ = True
+
+    def __init__(self, coefficient: Tensor) -> None:
+        self.coefficient = coefficient
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return gradient * self.coefficient.to(gradient)
+
+
+def scale_gradient(term: Tensor, coefficient: Tensor) -> Tensor:
+    r"""Let ``term`` pass forward unchanged and scale the gradient that flows back through it.
+
+    For a loss :math:`L(t)` the gradient becomes :math:`c\,\partial L/\partial t`, which is what a loss weight
+    :math:`c` on the term would give; only the value that is logged stays free of it.
+
+    Args:
+        term: any tensor. A hook is left on it when it requires gradient.
+        coefficient: anything that broadcasts to the shape of ``term``; no gradient.
+
+    Returns:
+        ``term`` itself.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> scale_gradient(weight * 3, torch.tensor([1.0, 0.5])).sum().backward()
+        >>> weight.grad
+        tensor([3.0000, 1.5000])
+    """
+    if term.requires_grad:
+        term.register_hook(_Scale(coefficient.detach()))  # type: ignore[no-untyped-call]
+    return term
+
+
+class EncoderModulation:
+    """Scales everything that reaches the parameters of each encoder, from every loss (OGM-GE's rule)."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def install(self, encoders: Mapping[str, Sequence[nn.Module]], coefficients: Mapping[str, Tensor]) -> None:
+        """Replace all hooks by new ones.
+
+        Args:
+            encoders: modules of each modality.
+            coefficients: scalar of each modality.
+        """
+        self.remove()
+        for modality, modules in encoders.items():
+            hook = _Scale(coefficients[modality].detach())
+            parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+            self._handles += [parameter.register_hook(hook) for parameter in parameters.values()]
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def tied_encoders(encoders: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Refuse encoders that share parameters: each would be scaled once for every owner.
+
+    Raises:
+        ConfigError: naming the modalities.
+    """
+    owners: dict[int, str] = {}
+    pairs: dict[tuple[str, str], None] = {}
+    for modality, modules in encoders.items():
+        for module in modules:
+            for parameter in module.parameters():
+                other = owners.setdefault(id(parameter), modality)
+                if other != modality:
+                    pairs[(other, modality)] = None
+    raise_problems(
+        [f"{a!r} and {b!r} share parameters, which would be scaled twice; use modulation='distillation'" for a, b in pairs],
+        what="modulation='encoder'",
+    )

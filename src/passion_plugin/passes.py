@@ -1,0 +1,173 @@
+"""The two kinds of passes through a backbone: the fused one, and students that see one modality each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.backbone.calls import BackboneCall
+from passion_plugin.errors import BackboneError
+from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward, set_random_state
+
+__all__ = ["FusedPass", "Prediction", "fused_pass", "student_pass"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a pass gives to compare.
+
+    Attributes:
+        logits: (B, K, *spatial), what leaves the classifier.
+        features: (B, C, *spatial), what enters it.
+        coarse: coarse logits (B, K, *coarser), finest first.
+    """
+
+    logits: Tensor
+    features: Tensor
+    coarse: tuple[Tensor, ...] = ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the logits, the features and the coarse logits, in this order."""
+        return (self.logits, self.features, *self.coarse)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Prediction:
+        """Build one from what :meth:`tensors` returned."""
+        return cls(tensors[0], tensors[1], tuple(tensors[2:]))
+
+    def detached(self) -> Prediction:
+        """Return it without gradient."""
+        return self.of([tensor.detach() for tensor in self.tensors()])
+
+    def split(self, sizes: Sequence[int]) -> list[Prediction]:
+        """Cut the batch into consecutive parts."""
+        if len(sizes) == 1:
+            return [self]
+        parts = zip(*(tensor.split(list(sizes)) for tensor in self.tensors()), strict=True)
+        return [self.of(part) for part in parts]
+
+    def rows(self, index: Tensor) -> Prediction:
+        """Return some samples only."""
+        if len(index) == len(self.logits):
+            return self
+        return self.of([tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()])
+
+
+@dataclass(frozen=True)
+class FusedPass:
+    """The pass with everything that is available, and what students need of it.
+
+    Attributes:
+        call: the arguments, with absent modalities blanked.
+        batch: batch size.
+        raw: what the backbone returned, untouched.
+        prediction: the teacher, with its gradient.
+        record: encoder outputs.
+        absent: encoder outputs of one sample in which everything is absent, for mixed replay.
+    """
+
+    call: BackboneCall
+    batch: int
+    raw: Any
+    prediction: Prediction
+    record: FeatureRecord
+    absent: FeatureRecord | None
+
+
+def fused_pass(
+    bound: BoundBackbone, call: BackboneCall, presence: Tensor, *, keep_random_state: bool = False
+) -> FusedPass:
+    """Run the backbone on all that is available and listen.
+
+    Absent modalities are blanked in the images first: a NaN that stands for "missing" would otherwise come
+    back as 0 × NaN in the gradient of their encoders.
+
+    Args:
+        bound: the backbone.
+        call: the user's arguments.
+        presence: bool (B, M), modalities whose content may be looked at.
+        keep_random_state: remember the random state after the last encoder.
+    """
+    call = bound.blanked(call, presence)
+    record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
+    with overridden_forward(record.recording(keep_random_state=keep_random_state)), _tapped(bound) as taps:
+        raw = bound.run(call)
+    if torch.is_grad_enabled() and bound.spec.students in ("replay", "mixed", "heads"):
+        record.check_trainable()
+    absent = _absent_record(bound, call, len(presence)) if bound.spec.students == "mixed" else None
+    return FusedPass(call, len(presence), raw, _prediction(taps), record, absent)
+
+
+def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segment]) -> list[Prediction]:
+    """Run the backbone with one modality let through, in light mode, with running statistics at rest.
+
+    Args:
+        bound: the backbone.
+        fused: the fused pass of this step.
+        segments: one student, or several to be stacked into one batch.
+
+    Returns:
+        A prediction for each segment.
+    """
+    rows = torch.cat([segment.rows for segment in segments])
+    keep = torch.zeros(len(rows), len(bound.modalities), dtype=torch.bool)
+    start = 0
+    for segment in segments:
+        keep[start : start + len(segment.rows), bound.modalities.index(segment.modality)] = True
+        start += len(segment.rows)
+    call = bound.rows(fused.call, rows, fused.batch)
+    if fused.record.random_state is not None:
+        set_random_state(fused.record.random_state)
+    with bound.student_mode(), _only(bound, fused, segments), _tapped(bound) as taps:
+        bound.run_masked(call, keep)
+    prediction = _prediction(taps)
+    trainable = any(parameter.requires_grad for parameter in bound.backbone.parameters())
+    if torch.is_grad_enabled() and trainable and not prediction.features.requires_grad:
+        raise BackboneError(
+            f"the features of the student of {segments[0].modality!r} carry no gradient, so that nothing would be "
+            f"distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
+        )
+    return prediction.split([len(segment.rows) for segment in segments])
+
+
+@contextmanager
+def _tapped(bound: BoundBackbone) -> Iterator[list[Tap]]:
+    modules = [bound.classifier, *bound.coarse]
+    taps = [Tap(name) for name in (bound.spec.classifier, *bound.spec.coarse)]
+    with overridden_forward({module: tap for module, tap in zip(modules, taps, strict=True) if module is not None}):
+        yield taps
+
+
+def _prediction(taps: Sequence[Tap]) -> Prediction:
+    features, logits = taps[0].result()
+    return Prediction(logits, features, tuple(tap.result()[1] for tap in taps[1:]))
+
+
+@contextmanager
+def _only(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segment]) -> Iterator[None]:
+    """Let only the modality of each segment through the encoders."""
+    if bound.spec.students in ("replay", "mixed"):
+        with fused.record.replaying(segments, fused.batch, others=fused.absent):
+            yield
+    elif len(segments) == 1:
+        with overridden_forward(fused.record.isolating(segments[0].modality)):
+            yield
+    else:
+        yield
+
+
+@torch.no_grad()
+def _absent_record(bound: BoundBackbone, call: BackboneCall, batch: int) -> FeatureRecord:
+    """Record what the encoders make of one sample in which every modality is absent."""
+    record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
+    nothing = torch.zeros(1, len(bound.modalities), dtype=torch.bool)
+    call = bound.blanked(bound.rows(call, torch.tensor([0]), batch), nothing)
+    with bound.student_mode(), overridden_forward(record.recording()):
+        bound.run_masked(call, ~nothing)
+    return record

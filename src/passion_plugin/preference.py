@@ -1,0 +1,340 @@
+"""Relative preference: how far each modality lags behind, and the gates and weights that follow from it.
+
+Everything here works on the prototype distance ``D`` (B, M) that the distillation losses measure; nothing is
+differentiated. Sums and counts are kept per epoch, so that a run that is stopped, saved and resumed ends with
+the same weights bit for bit, and several processes that each see a part of the data agree on them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passion_plugin.balance import Preference, presence_counts_of, project_beta, usable_distances
+from passion_plugin.config import Mode
+from passion_plugin.errors import ConfigError, PassionWarning, raise_problems
+
+__all__ = ["Preference", "PreferenceEstimator"]
+
+_STATE_VERSION = 1
+
+
+class PreferenceEstimator(nn.Module):
+    r"""Turn prototype distances into gates per sample and weights per epoch (the paper, arXiv:2407.14796).
+
+    .. math::
+        \bar D_b = \frac{\sum_m a_{bm} D_{bm}}{\sum_m a_{bm}}, \qquad
+        RP_{bm} = 1 - D_{bm} / \bar D_b, \qquad \omega_{bm} = \mathbb 1[RP_{bm} < 0]
+
+    .. math::
+        \hat D_m = \frac{\sum_b D_{bm}}{n_m}, \quad
+        \widehat{RP}_m = 1 - \frac{\hat D_m}{\mathrm{mean}_m \hat D}, \quad \beta \leftarrow
+        \mathrm{rescale}(\mathrm{clip}(\beta - \eta\, \widehat{RP}, \beta_{min}, \beta_{max}))
+
+    with the sum over one epoch. :math:`\beta` starts at 1; :math:`\eta` grows by ``eta_growth`` at the end of
+    epochs 0, ``eta_every``, 2 ``eta_every``, … before it is used.
+
+    What counts: distances of present modalities that are finite (an overflow says nothing). A sample with one
+    available modality is its own teacher: no student runs and its distance is 0 by construction. In default
+    mode such a zero is no observation and is left out of :math:`\hat D`, which would otherwise flatter the
+    modalities that often come alone; a non-zero distance of such a sample was measured by somebody, and
+    counts. Its RP is 0 and its gate False in every case.
+
+    ================ ================================== =================================================
+    ..               default                            official (the published code)
+    ================ ================================== =================================================
+    gate             per sample and modality            per modality and batch: the sum of
+                                                        ``D / Dbar - 1`` over the batch is positive
+    :math:`n_m`      distances counted                  ``presence_counts``, else distances counted
+    lone zeros       left out                           counted
+    rescale          :func:`project_beta`: norm sqrt(M) times 2 / norm, whatever M; may end below
+                     and ``beta >= beta_min``           ``beta_min``
+    ================ ================================== =================================================
+
+    In both modes a modality without a counted distance in the epoch has RP 0 (default: its beta stays and the
+    others share what it leaves of the norm), and distances that are all zero change nothing. Where the
+    published code divides 0 by 0 the gate is off.
+
+    :meth:`update` and :meth:`gate` never wait for the device. Sums are float64 there (float32 on MPS, which
+    has no float64). The state travels in ``state_dict`` as extra state and not as buffers, because
+    DistributedDataParallel would overwrite each rank's own sums with those of rank 0.
+
+    Args:
+        modalities: M >= 2 names, in mask-column order.
+        presence_counts: number of training samples that have each modality, (M,) or by name. Only official
+            mode uses it.
+        mode: ``"default"`` or ``"official"``.
+        eta: initial step size.
+        eta_growth: factor on eta.
+        eta_every: epochs between two growths.
+        beta_min: smallest weight, in (0, 1].
+        beta_max: largest weight before rescaling, at least 1.
+
+    Raises:
+        ConfigError: listing everything that is wrong with the arguments.
+
+    Example:
+        >>> estimator = PreferenceEstimator(("flair", "t1ce"))
+        >>> distance, presence = torch.tensor([[0.1, 0.3]]), torch.tensor([[True, True]])
+        >>> estimator.gate(distance, presence).tolist()
+        [[False, True]]
+        >>> estimator.update(distance, presence)
+        >>> [round(value, 4) for value in estimator.end_epoch().beta.tolist()]
+        [0.9925, 1.0075]
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        presence_counts: Mapping[str, float] | Iterable[float] | None = None,
+        *,
+        mode: Mode = "default",
+        eta: float = 0.01,
+        eta_growth: float = 1.5,
+        eta_every: int = 100,
+        beta_min: float = 0.1,
+        beta_max: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+        size = len(self.modalities)
+        problems = []
+        if size < 2 or len(set(self.modalities)) < size:
+            problems.append(f"modalities={modalities!r}: pass at least two different names")
+        if mode not in ("default", "official"):
+            problems.append(f"mode={mode!r}: pass 'default' or 'official'")
+        if not 0 <= eta < math.inf:
+            problems.append(f"eta={eta!r}: pass a finite number, 0 or more")
+        if not 0 < eta_growth < math.inf:
+            problems.append(f"eta_growth={eta_growth!r}: pass a finite number above 0")
+        if eta_every < 1:
+            problems.append(f"eta_every={eta_every!r}: pass a number of epochs, 1 or more")
+        if not 0 < beta_min <= 1 <= beta_max < math.inf:
+            problems.append(f"beta_min={beta_min!r}, beta_max={beta_max!r}: need 0 < min <= 1 <= max")
+        self.presence_counts: Tensor | None = None
+        if presence_counts is not None:
+            self.presence_counts = presence_counts_of(presence_counts, self.modalities, problems)
+        raise_problems(problems, what="PreferenceEstimator")
+        self.mode = mode
+        self.eta_initial, self.eta_growth, self.eta_every = float(eta), float(eta_growth), int(eta_every)
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+        self.epoch = 0
+        self.samples_seen = 0
+        self._growths = 0
+        self._warned_empty = False
+        self._beta = torch.ones(size, dtype=torch.float64)
+        self._sums = torch.zeros(size, dtype=torch.float64)
+        self._counts = torch.zeros(size, dtype=torch.float64)
+
+    @property
+    def beta(self) -> Tensor:
+        """Current weights (M,), float64, on the device of the last distances; a copy."""
+        return self._beta.clone()
+
+    @property
+    def eta(self) -> float:
+        """Step size that was used last; before the end of the first epoch, the initial one."""
+        return float(self.eta_initial * self.eta_growth**self._growths)
+
+    @torch.no_grad()
+    def relative_preference(self, distance: Tensor, presence: Tensor) -> Tensor:
+        """Return RP (B, M) of every sample: 1 - D / mean of the sample's available distances.
+
+        Args:
+            distance: (B, M) floating point, prototype distance per sample and modality.
+            presence: (B, M) bool, True = present. Rows that are all False raise if the tensor is on the CPU.
+
+        Returns:
+            (B, M) of at least float32: 0 where a modality is absent or its distance not finite, for a sample
+            with a single available modality, and for a sample whose distances are all zero.
+
+        Raises:
+            InputError: wrong shape or dtype, or a sample without any modality.
+        """
+        distance, usable = usable_distances(distance, presence, self.modalities)
+        available = usable.sum(1, keepdim=True)
+        mean = distance.sum(1, keepdim=True) / available.clamp(min=1)
+        defined = usable & (available > 1) & (mean > 0)
+        return torch.where(defined, 1 - distance / torch.where(mean > 0, mean, 1), 0)
+
+    @torch.no_grad()
+    def gate(self, distance: Tensor, presence: Tensor) -> Tensor:
+        """Return omega (B, M) bool: True where a modality lags behind and its prototypes are distilled.
+
+        Args:
+            distance: (B, M) floating point.
+            presence: (B, M) bool, True = present.
+
+        Returns:
+            (B, M) bool, False wherever a modality is absent or its distance is not finite.
+
+        Raises:
+            InputError: as in :meth:`relative_preference`.
+        """
+        preference = self.relative_preference(distance, presence)
+        if self.mode == "default":
+            return preference < 0
+        return (preference.sum(0) < 0) & presence.to(distance.device) & torch.isfinite(distance)
+
+    @torch.no_grad()
+    def update(self, distance: Tensor, presence: Tensor) -> None:
+        """Add one batch to the sums of the running epoch.
+
+        Args:
+            distance: (B, M) floating point.
+            presence: (B, M) bool, True = present.
+
+        Raises:
+            InputError: as in :meth:`relative_preference`.
+        """
+        distance, usable = usable_distances(distance, presence, self.modalities)
+        if self.mode == "default":
+            alone = presence.to(distance.device).sum(1, keepdim=True) == 1
+            usable = usable & ~(alone & (distance == 0))
+        self._move(distance.device)
+        self._sums = self._sums + distance.to(self._sums.dtype).sum(0)
+        self._counts = self._counts + usable.to(self._counts.dtype).sum(0)
+        self.samples_seen += distance.shape[0]
+
+    @torch.no_grad()
+    def end_epoch(self, *, update_beta: bool = True, reduce: bool = True) -> Preference:
+        """Close the epoch: update beta from its distances, reset the sums, return what was found.
+
+        With ``torch.distributed`` initialised every process must call this, once per epoch: the sums and
+        counts of all of them are added in a single all-reduce.
+
+        Args:
+            update_beta: False leaves beta and eta alone (warm-up epochs) and only reports.
+            reduce: False keeps to this process although ``torch.distributed`` is initialised.
+
+        Returns:
+            The :class:`Preference` of the epoch. An empty epoch leaves beta as it is, has counts of zero and
+            warns once.
+        """
+        sums, counts, samples = self._totals(reduce)
+        if update_beta and self.epoch % self.eta_every == 0:
+            self._growths += 1
+        measured = counts > 0
+        divisor = counts
+        if self.mode == "official" and self.presence_counts is not None:
+            divisor = self.presence_counts
+        mean = torch.where(measured, sums / divisor, math.nan)
+        preference = torch.zeros_like(sums)
+        if not measured.any():
+            self._warn_empty(samples)
+        elif mean[measured].sum() > 0:
+            preference[measured] = 1 - mean[measured] / mean[measured].mean()
+            if update_beta:
+                self._beta = self._step(preference, measured).to(self._beta)
+        report = (self._beta.to("cpu", torch.float64, copy=True), preference, mean, counts)
+        ended, self.epoch, self.samples_seen = self.epoch, self.epoch + 1, 0
+        self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
+        return Preference(self.modalities, ended, *report, eta=self.eta)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the state as tensors, numbers and names, readable with ``torch.load(weights_only=True)``.
+
+        In the middle of an epoch the sums are those of this process only; save between epochs, or save one
+        state per process.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "modalities": list(self.modalities),
+            "epoch": self.epoch,
+            "eta_growths": self._growths,
+            "samples_seen": self.samples_seen,
+            "beta": self._beta.to("cpu", copy=True),
+            "sums": self._sums.to("cpu", copy=True),
+            "counts": self._counts.to("cpu", copy=True),
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore what :meth:`get_extra_state` returned.
+
+        Args:
+            state: that dict.
+
+        Raises:
+            ConfigError: it is not such a state, is of another version, or belongs to other modalities.
+        """
+        problems = []
+        keys = self.get_extra_state().keys()
+        if not isinstance(state, Mapping) or not keys <= state.keys():
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            problems.append(f"found {found}, need the keys {sorted(keys)}; pass what state_dict() returned")
+        elif state["version"] != _STATE_VERSION:
+            problems.append(
+                f"written as version {state['version']!r}, this release reads version {_STATE_VERSION}; load "
+                "it with the release that wrote it"
+            )
+        elif list(state["modalities"]) != list(self.modalities):
+            problems.append(
+                f"it was saved for the modalities {tuple(state['modalities'])}, this estimator has "
+                f"{self.modalities}; build the estimator with the same names in the same order"
+            )
+        else:
+            shapes = {name: getattr(state[name], "shape", None) for name in ("beta", "sums", "counts")}
+            problems += [
+                f"{name} has shape {shape}, need ({len(self.modalities)},)"
+                for name, shape in shapes.items()
+                if shape != self._beta.shape
+            ]
+        raise_problems(problems, what="state of PreferenceEstimator", error=ConfigError)
+        self.epoch, self._growths = int(state["epoch"]), int(state["eta_growths"])
+        self.samples_seen = int(state["samples_seen"])
+        self._beta = state["beta"].to(self._beta, copy=True)
+        self._sums = state["sums"].to(self._sums, copy=True)
+        self._counts = state["counts"].to(self._counts, copy=True)
+
+    def extra_repr(self) -> str:
+        """Return what ``print(module)`` shows."""
+        return f"modalities={self.modalities}, mode={self.mode!r}, epoch={self.epoch}"
+
+    def _step(self, preference: Tensor, measured: Tensor) -> Tensor:
+        """Return the new weights (M,) on the CPU; ``preference`` is 0 where nothing was measured."""
+        beta = self._beta.to("cpu", torch.float64, copy=True)
+        moved = (beta - self.eta * preference).clamp(self.beta_min, self.beta_max)
+        if self.mode == "official":
+            return 2 * moved / moved.square().sum().sqrt()
+        left = len(beta) - float(beta[~measured].square().sum())
+        # A state from official mode has another norm and may leave too little: grant at least the floor.
+        left = max(left, int(measured.sum()) * self.beta_min**2)
+        beta[measured] = project_beta(moved[measured], norm=math.sqrt(left), minimum=self.beta_min)
+        return beta
+
+    def _move(self, device: torch.device) -> None:
+        if self._sums.device != device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._beta, self._sums, self._counts = (
+                tensor.to(device, dtype) for tensor in (self._beta, self._sums, self._counts)
+            )
+
+    def _totals(self, reduce: bool) -> tuple[Tensor, Tensor, int]:
+        """Return sums (M,), counts (M,) and the number of samples, over all processes, on the CPU."""
+        stacked = torch.cat((self._sums, self._counts, self._sums.new_tensor([self.samples_seen])))
+        if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # A rank without a single batch still has its sums on the CPU, where NCCL cannot reduce.
+            stacked = stacked.cuda() if torch.distributed.get_backend() == "nccl" else stacked.cpu()
+            torch.distributed.all_reduce(stacked)
+        totals = stacked.cpu().double()
+        size = len(self.modalities)
+        return totals[:size].clone(), totals[size : 2 * size].clone(), int(totals[-1])
+
+    def _warn_empty(self, samples: int) -> None:
+        if self._warned_empty:
+            return
+        self._warned_empty = True
+        cause = (
+            f"none of its {samples} samples gave a usable distance, because each had a single modality or "
+            "a distance that was not finite; check the presence table, and the features for overflow"
+            if samples
+            else "no distance was recorded; compute the PASSION loss of every training batch before "
+            "end_epoch(), in train() mode, and call end_epoch() once per epoch"
+        )
+        message = f"end_epoch() closed epoch {self.epoch}, which was empty: {cause}. Beta stays as it is."
+        warnings.warn(message, PassionWarning, stacklevel=4)

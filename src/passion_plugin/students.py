@@ -1,0 +1,103 @@
+"""Which students a batch needs, and running them: one modality each, only on the rows that can teach it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.config import PassionConfig
+from passion_plugin.heads import feature_maps, head_key
+from passion_plugin.passes import FusedPass, Prediction, student_pass
+from passion_plugin.taps import Segment, random_state, set_random_state
+
+__all__ = ["Student", "active_students", "run_students"]
+
+
+@dataclass(frozen=True)
+class Student:
+    """One modality's prediction of the rows in which it was let through alone.
+
+    Attributes:
+        modality: its name.
+        rows: int64 (n,), samples of the batch.
+        prediction: of these n samples, with gradient.
+    """
+
+    modality: str
+    rows: Tensor
+    prediction: Prediction
+
+
+def active_students(presence: Tensor) -> Tensor:
+    """Return bool (B, M): the sample has the modality and at least one other.
+
+    A sample with a single modality is its own teacher; there is nothing to distil.
+
+    Example:
+        >>> active_students(torch.tensor([[True, True, False], [False, True, False]])).tolist()
+        [[True, True, False], [False, False, False]]
+    """
+    return presence & (presence.sum(1, keepdim=True) > 1)
+
+
+def run_students(
+    bound: BoundBackbone, fused: FusedPass, active: Tensor, config: PassionConfig, heads: nn.ModuleDict
+) -> list[Student]:
+    """Run every student that the batch needs.
+
+    Args:
+        bound: the backbone.
+        fused: its fused pass.
+        active: bool (B, M) on the CPU.
+        config: memory and stacking.
+        heads: students for a spec with ``students="heads"``.
+
+    Returns:
+        Students in the order of the modalities; none for a modality that no row needs.
+    """
+    segments = [
+        Segment(modality, rows)
+        for column, modality in enumerate(bound.modalities)
+        if len(rows := active[:, column].nonzero().flatten())
+    ]
+    if bound.spec.students == "heads":
+        return [_head_student(fused, heads, segment) for segment in segments]
+    after = random_state() if config.share_random_state else None
+    groups = [segments] if config.stack_students and segments else [[segment] for segment in segments]
+    students = []
+    for group in groups:
+        predictions = _run(bound, fused, group, config)
+        students += [
+            Student(segment.modality, segment.rows, prediction)
+            for segment, prediction in zip(group, predictions, strict=True)
+        ]
+    if after is not None:
+        set_random_state(after)
+    return students
+
+
+def _run(bound: BoundBackbone, fused: FusedPass, group: list[Segment], config: PassionConfig) -> list[Prediction]:
+    if config.memory == "default":
+        return student_pass(bound, fused, group)
+
+    def flat(_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor for prediction in student_pass(bound, fused, group) for tensor in prediction.tensors())
+
+    # The argument only says on which device random states have to be kept for the second run.
+    tensors = checkpoint(flat, fused.prediction.logits.detach(), use_reentrant=False)
+    size = len(tensors) // len(group)
+    return [Prediction.of(tensors[start : start + size]) for start in range(0, len(tensors), size)]
+
+
+def _head_student(fused: FusedPass, heads: nn.ModuleDict, segment: Segment) -> Student:
+    logits = fused.prediction.logits
+    maps = feature_maps(fused.record.features(segment.modality), logits.ndim - 2)
+    rows = segment.rows.to(logits.device)
+    prediction = heads[head_key(segment.modality)](
+        [feature.index_select(0, rows) for feature in maps], size=logits.shape[2:]
+    )
+    return Student(segment.modality, segment.rows, prediction)

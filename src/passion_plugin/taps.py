@@ -1,0 +1,310 @@
+"""Listening to modules of a backbone, and answering for them: names, forward overrides, record and replay.
+
+Everything here acts through ``module.forward`` of single instances, inside a context manager that puts the
+old one back whatever happens. Hooks would not do: those added after ``torch.compile`` never fire, and the
+replicas of ``DataParallel`` share one dictionary of hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from passion_plugin.errors import BackboneError, suggest
+
+__all__ = ["FeatureRecord", "Segment", "Tap", "overridden_forward", "resolve_module"]
+
+Handler = Callable[..., Any]
+
+_MISCOUNT = (
+    "the encoder of {!r} was called {} times in a student pass but {} times in the fused pass, so that its "
+    "output cannot be replayed; set BackboneSpec(students='rerun')"
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of the batch in which one modality is let through alone.
+
+    Attributes:
+        modality: its name.
+        rows: int64 (n,) on the CPU, sample numbers in the batch of the fused pass.
+    """
+
+    modality: str
+    rows: Tensor
+
+
+def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
+    """Find the module called ``name``, exactly or as a dotted suffix, never as a substring.
+
+    Args:
+        backbone: where to look.
+        name: ``"encoders.t1"`` or a suffix of whole components such as ``"t1"``.
+
+    Returns:
+        The full name and an empty string, or None and the sentence that says what is wrong.
+
+    Example:
+        >>> net = nn.ModuleDict({"encoders": nn.ModuleDict({"t1": nn.Identity(), "t1ce": nn.Identity()})})
+        >>> resolve_module(net, "t1")
+        ('encoders.t1', '')
+    """
+    known = [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
+    if name in known:
+        return name, ""
+    matches = [path for path in known if path.endswith(f".{name}")]
+    if len(matches) == 1:
+        return matches[0], ""
+    if matches:
+        return None, f"{name!r} matches several modules: {matches}. Give more of the dotted name"
+    close = suggest(name, known) or suggest(name, {path.rpartition(".")[2] for path in known})
+    return None, f"there is no module {name!r}.{close}"
+
+
+@contextmanager
+def overridden_forward(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """Answer for some modules while the context is open.
+
+    Args:
+        handlers: for each module a function ``(original_forward, *args, **kwargs) -> output``.
+    """
+    before = {module: module.__dict__.get("forward") for module in handlers}
+    try:
+        for module, handler in handlers.items():
+            # Written past __setattr__, which a backbone may have customised.
+            module.__dict__["forward"] = functools.partial(handler, module.forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+class Tap:
+    """Keeps what enters and what leaves one module, which must be called exactly once.
+
+    Args:
+        name: of the module, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: list[tuple[Tensor, Tensor, int]] = []
+
+    def __call__(self, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        """Run the module and keep its first input and its output."""
+        entering = args[0] if args else next(iter(kwargs.values()))
+        output = forward(*args, **kwargs)
+        if not isinstance(entering, Tensor) or not isinstance(output, Tensor):
+            raise BackboneError(f"{self.name!r} must take and return a tensor to be used as a classifier")
+        self.calls.append((entering, output, output._version))
+        return output
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return ``(input, output)`` of the only call.
+
+        Raises:
+            BackboneError: the module was not called, was called several times, or its output was changed
+                in place afterwards.
+        """
+        if len(self.calls) != 1:
+            raise BackboneError(
+                f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. "
+                f"Name the layer of the fused prediction as BackboneSpec.classifier (and in BackboneSpec.coarse "
+                f"layers that run once); a layer shared with auxiliary decoders cannot be used"
+            )
+        entering, output, version = self.calls[0]
+        if output._version != version:
+            raise BackboneError(
+                f"the output of {self.name!r} was changed in place after the call (an in-place softmax or "
+                f"addition?), so its logits are gone. Make that operation out of place"
+            )
+        return entering, output
+
+
+class FeatureRecord:
+    """The outputs of all encoder modules in one pass, to be replayed in later passes.
+
+    Containers are rebuilt on record and on every replay: public encoders return one mutable list again and
+    again, or hand out a list that the decoder pops from.
+
+    Args:
+        encoders: modules of each modality, by name.
+        copy: keep and replay copies, for backbones that change encoder outputs in place.
+    """
+
+    def __init__(self, encoders: Mapping[str, Sequence[nn.Module]], *, copy: bool = False) -> None:
+        self.encoders = encoders
+        self.copy = copy
+        self.outputs: dict[nn.Module, list[Any]] = defaultdict(list)
+        self.versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
+        self.random_state: Any = None
+
+    def recording(self, *, keep_random_state: bool = False) -> dict[nn.Module, Handler]:
+        """Return the handlers that fill this record.
+
+        Args:
+            keep_random_state: remember the state of the generators after the last encoder.
+        """
+
+        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            kept = tree_map(_clone if self.copy else _same, output)
+            self.outputs[module].append(kept)
+            self.versions[module].append([leaf._version for leaf in _tensors(kept)])
+            if keep_random_state:
+                self.random_state = random_state()
+            return output
+
+        return self._handlers(handler)
+
+    def features(self, modality: str) -> list[Tensor]:
+        """Return every tensor that the encoder modules of ``modality`` put out, in call order."""
+        return [leaf for module in self.encoders[modality] for out in self.outputs[module] for leaf in _tensors(out)]
+
+    def check_trainable(self) -> None:
+        """Raise when an encoder with trainable parameters gave features without gradient.
+
+        Raises:
+            BackboneError: reentrant activation checkpointing runs the encoder without gradient; what is
+                distilled would silently never reach it.
+        """
+        for name, modules in self.encoders.items():
+            for module in modules:
+                trainable = any(parameter.requires_grad for parameter in module.parameters())
+                floating = [leaf for out in self.outputs[module] for leaf in _tensors(out) if leaf.is_floating_point()]
+                if trainable and floating and not any(leaf.requires_grad for leaf in floating):
+                    raise BackboneError(
+                        f"the encoder of {name!r} has trainable parameters but its output carries no gradient: "
+                        f"reentrant activation checkpointing, or a detach. Call "
+                        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set "
+                        f"BackboneSpec(students='rerun')"
+                    )
+
+    @contextmanager
+    def replaying(
+        self, segments: Sequence[Segment], batch: int, *, others: FeatureRecord | None = None
+    ) -> Iterator[None]:
+        """Answer for all encoders with what they gave before, while the context is open.
+
+        The features of the modality of a segment keep their gradient: students train the encoders. Those of
+        the other modalities are detached, since a student must not move the encoder of another modality.
+
+        Args:
+            segments: which modality is let through in which rows, in the order of the student batch.
+            batch: batch size of the recorded pass.
+            others: where the features of the other modalities come from; a record of one sample in which
+                everything was absent, or None for this record.
+
+        Raises:
+            BackboneError: the encoders were not called as in the recorded pass.
+        """
+        students = {segment.modality for segment in segments}
+        served: dict[nn.Module, int] = defaultdict(int)
+
+        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            call = served[module]
+            served[module] += 1
+            if call >= len(self.outputs[module]):
+                if owner in students:
+                    raise BackboneError(_MISCOUNT.format(owner, served[module], len(self.outputs[module])))
+                return forward(*args, **kwargs)
+            pieces = []
+            for segment in segments:
+                own = segment.modality == owner
+                source, size = (self, batch) if own or others is None else (others, 1)
+                output = source._kept(module, call, owner)
+                pick = functools.partial(_pick, rows=segment.rows, batch=size, copy=self.copy, detach=not own)
+                pieces.append(tree_map(pick, output))
+            return pieces[0] if len(pieces) == 1 else tree_map(_concatenate, *pieces)
+
+        with overridden_forward(self._handlers(handler)):
+            yield
+        for modality in students:
+            for module in self.encoders[modality]:
+                if served[module] != len(self.outputs[module]):
+                    raise BackboneError(_MISCOUNT.format(modality, served[module], len(self.outputs[module])))
+
+    def isolating(self, modality: str) -> dict[nn.Module, Handler]:
+        """Return handlers under which only the encoder of ``modality`` is run with gradient."""
+
+        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            if owner == modality:
+                return forward(*args, **kwargs)
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+
+        return self._handlers(handler)
+
+    def _kept(self, module: nn.Module, call: int, owner: str) -> Any:
+        output, versions = self.outputs[module][call], self.versions[module][call]
+        if [leaf._version for leaf in _tensors(output)] != versions:
+            raise BackboneError(
+                f"the backbone changed the output of the encoder of {owner!r} in place, so that it cannot be "
+                f"replayed; set BackboneSpec(copy_features=True)"
+            )
+        return output
+
+    def _handlers(self, handler: Handler) -> dict[nn.Module, Handler]:
+        return {
+            module: functools.partial(handler, owner, module)
+            for owner, modules in self.encoders.items()
+            for module in modules
+        }
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """Return the state of the CPU generator and of those of all CUDA devices in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda
+
+
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    """Put back what :func:`random_state` returned."""
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _concatenate(first: Any, *rest: Any) -> Any:
+    return torch.cat([first, *rest]) if isinstance(first, Tensor) else first
+
+
+def _pick(leaf: Any, *, rows: Tensor, batch: int, copy: bool, detach: bool) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.ndim == 0 or leaf.shape[0] != batch:
+        raise BackboneError(
+            f"an encoder output of shape {tuple(leaf.shape)} does not have the batch size {batch} in front, so "
+            f"that its samples cannot be told apart; set BackboneSpec(students='rerun')"
+        )
+    leaf = leaf.detach() if detach else leaf
+    if batch == 1:
+        leaf = leaf.expand(len(rows), *leaf.shape[1:])
+    elif len(rows) != batch:
+        return leaf.index_select(0, rows.to(leaf.device))
+    return leaf.clone() if copy else leaf

@@ -1,0 +1,65 @@
+"""The user's target, checked and brought to the resolution of the logits it is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from passion_plugin.backbone.spec import Outputs
+from passion_plugin.errors import InputError
+from passion_plugin.validate import Problems, check_labels, describe
+
+__all__ = ["prepare_target", "resize_labels"]
+
+
+def prepare_target(target: Tensor, num_classes: int, batch: int, spatial_ndim: int, outputs: Outputs) -> Tensor:
+    """Check a target and return it as the losses take it, at its own resolution.
+
+    Args:
+        target: integer labels (B, *spatial), or one-hot (B, K, *spatial) of any dtype, which is converted; for
+            sigmoid outputs region masks (B, K, *spatial).
+        num_classes: K.
+        batch: B.
+        spatial_ndim: number of spatial axes.
+        outputs: ``"softmax"`` or ``"sigmoid"``.
+
+    Returns:
+        int64 labels (B, *spatial), or masks (B, K, *spatial).
+
+    Raises:
+        InputError: wrong shape, dtype or content.
+    """
+    if not isinstance(target, Tensor):
+        raise InputError(f"the target must be a tensor, got {describe(target)}")
+    if outputs == "softmax" and target.ndim == spatial_ndim + 2 and target.shape[1] == num_classes:
+        target = _from_one_hot(target)
+    axes = target.shape[-spatial_ndim:] if target.ndim > spatial_ndim else (0,) * spatial_ndim
+    problems = Problems("the target")
+    # check_labels wants something of the right shape to compare with; an expanded scalar has no storage to speak of.
+    reference = torch.empty((), device=target.device).expand(batch, num_classes, *axes)
+    check_labels(problems, target, reference, num_classes, kind="classes" if outputs == "softmax" else "regions")
+    problems.raise_all()
+    return target.long() if outputs == "softmax" else target
+
+
+def resize_labels(labels: Tensor, spatial: tuple[int, ...]) -> Tensor:
+    """Bring labels (B, *spatial) or masks (B, K, *spatial) to another resolution, nearest neighbour."""
+    if tuple(labels.shape[-len(spatial) :]) == spatial:
+        return labels
+    masks = labels.ndim == len(spatial) + 2
+    values = labels if masks else labels.unsqueeze(1)
+    resized = F.interpolate(values.float(), size=spatial, mode="nearest").to(labels.dtype)
+    return resized if masks else resized.squeeze(1)
+
+
+def _from_one_hot(target: Tensor) -> Tensor:
+    ones = target.bool()
+    if target.dtype != torch.bool and not bool((target == ones).all()):
+        raise InputError("the one-hot target must hold only 0 and 1; take the argmax of soft labels first")
+    if not bool((ones.sum(1) == 1).all()):
+        raise InputError(
+            "the one-hot target must have exactly one class per voxel; overlapping regions need a backbone "
+            "with BackboneSpec(outputs='sigmoid')"
+        )
+    return ones.to(torch.uint8).argmax(1)

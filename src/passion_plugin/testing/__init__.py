@@ -1,0 +1,50 @@
+"""Tools to unit-test the meaning of distillation losses, ours or your own.
+
+* :mod:`~passion_plugin.testing.references`: every term as plain loops over NumPy float64.
+* :mod:`~passion_plugin.testing.strategies`: hypothesis strategies for logits, labels, features and presence
+  tables (needs ``pip install "passion-plugin[testing]"``; imported only when you ask for it).
+* the ``assert_*`` functions here: plain functions that take a loss and tensors, for pytest or anything else.
+
+Example:
+    >>> import torch
+    >>> from passion_plugin.losses import pixel_distillation
+    >>> from passion_plugin.testing import assert_matches_reference, references
+    >>> student, teacher = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    >>> assert_matches_reference(pixel_distillation, references.pixel_distillation, student, teacher)
+"""
+
+from __future__ import annotations
+
+from passion_plugin.testing import references
+from passion_plugin.testing.assertions import (
+    assert_batch_independent,
+    assert_class_permutation_invariant,
+    assert_computed_in_float32,
+    assert_independent_of_layout,
+    assert_matches_reference,
+    assert_no_gradient_to_teacher,
+    assert_nonnegative,
+    assert_voxel_permutation_invariant,
+    assert_zero_at_teacher,
+)
+from passion_plugin.testing.modality_assertions import (
+    assert_invariant_to_absent_content,
+    assert_modality_permutation_equivariant,
+    assert_modality_permutation_invariant,
+)
+
+__all__ = [
+    "assert_batch_independent",
+    "assert_class_permutation_invariant",
+    "assert_computed_in_float32",
+    "assert_independent_of_layout",
+    "assert_invariant_to_absent_content",
+    "assert_matches_reference",
+    "assert_modality_permutation_equivariant",
+    "assert_modality_permutation_invariant",
+    "assert_no_gradient_to_teacher",
+    "assert_nonnegative",
+    "assert_voxel_permutation_invariant",
+    "assert_zero_at_teacher",
+    "references",
+]

@@ -1,0 +1,260 @@
+"""Every animal of the zoo either works and is shown to be right, or is refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passion_plugin.backbone import BackboneSpec
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import InputError, PassionError
+from passion_plugin.wrapper import PassionWrapper
+from zoo import ZOO, ZooEntry, blank
+from zoo.entry import one_subset
+from zoo.reference import (
+    bare,
+    clone_arguments,
+    encoder_parameters,
+    first_difference,
+    run,
+    slow_gradients,
+    slow_terms,
+    without_noise,
+)
+
+WORKS = [entry for entry in ZOO.values() if entry.expected == "works"]
+REFUSED = [entry for entry in ZOO.values() if entry.expected == "refused"]
+HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+
+each_working = pytest.mark.parametrize("entry", WORKS, ids=lambda entry: entry.name)
+each_refused = pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.name)
+
+
+@functools.cache
+def detected(name: str) -> BackboneSpec:
+    """Spec as detected, once for all tests: it is plain data."""
+    return detect(ZOO[name], ZOO[name].backbone())
+
+
+def detect(entry: ZooEntry, backbone: nn.Module) -> BackboneSpec:
+    return BackboneSpec.detect(backbone, *entry.full_example(), modalities=entry.modalities, **entry.spec)
+
+
+def wrapped(
+    entry: ZooEntry, spec: BackboneSpec | None = None, **config: Any
+) -> tuple[PassionWrapper, nn.Module]:
+    """A wrapper in train mode, and a bare backbone with the same weights that was never touched by us."""
+    backbone = entry.backbone()
+    run(backbone, entry.arguments())  # fills lazy parameters
+    backbone = bare(entry, backbone)
+    images, mask = entry.full_example()
+    example = {"example_input": images, "example_mask": mask} if entry.rung == "heads" else {}
+    model = PassionWrapper(
+        backbone,
+        modalities=entry.modalities,
+        presence=entry.table(),
+        spec=spec or entry.full_spec(),
+        config=PassionConfig(**config),
+        **example,
+    )
+    return model.train(), bare(entry, backbone)
+
+
+def step(model: PassionWrapper, entry: ZooEntry) -> Tensor:
+    """One training step without the optimizer."""
+    run(model, entry.arguments(), **entry.extra())
+    loss = model.passion_loss(entry.labels())
+    loss.backward()
+    return loss
+
+
+def fingerprint(backbone: nn.Module) -> dict[str, Any]:
+    """Whatever a wrapper could leave behind: attributes, hooks, replaced forwards, other modules or keys."""
+    traces: dict[str, Any] = {"keys": list(backbone.state_dict()), "class": type(backbone)}
+    for name, module in backbone.named_modules(remove_duplicate=False):
+        traces[f"{name} attributes"] = sorted(vars(module))
+        traces[f"{name} forward"] = module.__dict__.get("forward")
+        traces[f"{name} hooks"] = {hook: list(getattr(module, hook) or ()) for hook in HOOKS}
+        traces[f"{name} mode"] = module.training
+    for name, parameter in backbone.named_parameters():
+        traces[f"{name} gradient hooks"] = len(parameter._backward_hooks or {})
+        traces[f"{name} accumulation hooks"] = len(
+            getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        )
+    return traces
+
+
+def test_the_zoo_has_at_least_25_animals_that_work_and_each_says_what_is_awkward() -> None:
+    assert len(WORKS) >= 25
+    assert all(entry.notes for entry in ZOO.values())
+
+
+@each_working
+def test_training_output_and_state_are_those_of_the_bare_backbone(entry: ZooEntry) -> None:
+    model, backbone = wrapped(entry)
+    prediction = run(model, entry.arguments(), **entry.extra())
+    expected = run(backbone, entry.arguments())
+    assert not first_difference(prediction, expected)
+
+    model.passion_loss(entry.labels()).backward()
+    state, expected_state = model.backbone.state_dict(), backbone.state_dict()
+    assert list(state) == list(expected_state)
+    changed = [name for name in state if not torch.equal(state[name], expected_state[name])]
+    assert not changed, "running statistics and other buffers move once per step, with the fused pass"
+
+
+@each_working
+def test_eval_is_the_bare_backbone_bit_for_bit(entry: ZooEntry) -> None:
+    model, backbone = wrapped(entry)
+    model.eval()
+    backbone.eval()
+    with torch.no_grad():
+        assert not first_difference(run(model, entry.arguments()), run(backbone, entry.arguments()))
+
+
+@each_working
+def test_terms_equal_those_of_separate_runs_of_the_bare_backbone(entry: ZooEntry) -> None:
+    if entry.rung == "heads":
+        pytest.skip("students are heads, not runs of the backbone")
+    model, backbone = wrapped(entry, temperature=3.0)
+    without_noise(model.backbone)
+    run(model, entry.arguments(), **entry.extra())
+    model.passion_loss(entry.labels())
+    terms = model.loss_terms()
+    expected = slow_terms(entry, backbone, temperature=3.0)
+
+    assert torch.equal(terms.active.cpu(), expected.active)
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-6} if entry.dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
+    )
+    for term in ("pixel", "prototype", "distance"):
+        computed, reference = getattr(terms, term).detach(), getattr(expected, term)
+        torch.testing.assert_close(computed, reference, **tolerance, check_dtype=False)
+        assert (reference[expected.active] > 0).all(), "a zero term would pass for the wrong reason"
+
+
+@each_working
+def test_gradients_equal_those_of_separate_runs_of_the_bare_backbone(entry: ZooEntry) -> None:
+    if entry.rung == "heads":
+        pytest.skip("students are heads, not runs of the backbone")
+    model, backbone = wrapped(entry, pixel_weight=1.0, prototype_weight=0.0, unimodal_weight=0.0)
+    without_noise(model.backbone)
+    step(model, entry)
+    present = entry.table().double().mean(dim=0)
+    expected = slow_gradients(entry, backbone, temperature=4.0, weights=(1 / present).tolist())
+
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert scale > 0
+    for name, parameter in model.backbone.named_parameters():
+        computed = torch.zeros(()) if parameter.grad is None else parameter.grad
+        reference = expected.get(name, torch.zeros(()))
+        error = float((computed - reference).abs().max()) / scale
+        assert error < (1e-4 if entry.dtype == torch.float32 else 1e-9), name
+
+
+@each_working
+def test_students_train_the_encoder_of_every_present_modality_and_no_other(entry: ZooEntry) -> None:
+    model, _ = wrapped(entry)
+    presence = one_subset(len(entry.modalities))
+    if len(entry.modalities) == 2:
+        presence[0] = True  # a sample with one modality has no student
+    absent = int((~presence.any(dim=0)).nonzero().flatten()[0]) if not presence.any(dim=0).all() else None
+    images = [
+        blank(image, presence[:, index], fill=float("nan"))
+        for index, image in enumerate(entry.full_images(len(presence)))
+    ]
+    if not entry.nan_safe:
+        images = [image.nan_to_num() for image in images]
+    run(model, entry.pack(images, presence), **entry.extra(presence))
+    loss = model.passion_loss(entry.labels())
+    loss.backward()
+
+    assert loss.isfinite()
+    gradients = {name: p.grad for name, p in model.backbone.named_parameters() if p.grad is not None}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    for index in range(len(entry.modalities)):
+        parameters = encoder_parameters(entry, model.backbone, index)
+        if index == absent:
+            if entry.private:
+                assert all(p.grad is None or not p.grad.any() for p in parameters)
+        elif index not in entry.frozen and parameters:
+            assert any(p.grad is not None and p.grad.any() for p in parameters)
+
+
+@each_working
+def test_unwrap_leaves_nothing_behind(entry: ZooEntry) -> None:
+    model, _ = wrapped(entry)
+    backbone = model.backbone
+    with torch.no_grad():
+        run(backbone, entry.arguments())  # attributes that a forward sets are the backbone's own
+    before = fingerprint(backbone)
+    step(model, entry)
+    released = model.unwrap()
+    assert released is backbone
+    assert fingerprint(released) == before
+
+
+@pytest.mark.parametrize("entry", [entry for entry in WORKS if entry.copies], ids=lambda entry: entry.name)
+def test_copies_made_after_a_step_work_on_their_own(entry: ZooEntry) -> None:
+    model, _ = wrapped(entry)
+    without_noise(model.backbone)
+    step(model, entry)
+    buffer = io.BytesIO()
+    pickle.dump(model, buffer)
+    buffer.seek(0)
+    model.zero_grad()
+    for twin in (copy.deepcopy(model), pickle.load(buffer)):
+        twin.zero_grad()
+        loss = step(twin, entry)
+        assert loss > 0
+        assert any(p.grad is not None and p.grad.any() for p in twin.backbone.parameters())
+        assert all(p.grad is None or not p.grad.any() for p in model.backbone.parameters())
+
+
+@each_refused
+def test_refusal_says_why_and_leaves_the_backbone_alone(entry: ZooEntry) -> None:
+    backbone = entry.backbone()
+    before, weights = fingerprint(backbone), copy.deepcopy(backbone.state_dict())
+    with pytest.raises(PassionError, match=entry.reason):
+        detect(entry, backbone)
+    assert fingerprint(backbone) == before
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+@each_working
+def test_detection_leaves_the_backbone_and_the_random_state_alone(entry: ZooEntry) -> None:
+    backbone = entry.backbone()
+    with torch.no_grad():
+        run(backbone, entry.arguments())
+    before, weights = fingerprint(backbone), copy.deepcopy(backbone.state_dict())
+    state = torch.get_rng_state()
+    detect(entry, backbone)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fingerprint(backbone) == before
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("entry", [entry for entry in WORKS if entry.rung], ids=lambda entry: entry.name)
+def test_detection_chooses_the_expected_rung(entry: ZooEntry) -> None:
+    assert detected(entry.name).students == entry.rung
+
+
+@each_working
+def test_detection_finds_the_classifier(entry: ZooEntry) -> None:
+    assert detected(entry.name).classifier == entry.classifier
+
+
+def test_backbone_that_reads_one_mask_row_refuses_a_batch_of_different_masks() -> None:
+    entry = ZOO["first_row_only"]
+    model, _ = wrapped(entry)
+    args, _ = clone_arguments(entry.arguments())
+    args[1][0, 0] = False
+    with pytest.raises(InputError, match="mix"):
+        model(*args)
