@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from passion_plugin.evaluation import BRATS_REGIONS
-from passion_plugin.phantom import MODALITIES, PhantomDataset, standardise
+from passion_plugin.phantom import CLASSES, MODALITIES, PhantomDataset, standardise
 
 __all__ = ["Cases", "Cohort", "RandomPatches", "load_cohort", "ms4_cohort", "phantom_cohort", "sts_cohort"]
 
@@ -37,7 +37,7 @@ class Cohort:
     Attributes:
         name: for titles.
         modalities: names, in the order of the image channels.
-        num_classes: labels 0..K-1.
+        classes: names of the labels 0..K-1.
         regions: what is scored: name to labels.
         missing_rates: how often each modality is missing in training.
         train: complete training patients; what is missing is removed later.
@@ -47,12 +47,17 @@ class Cohort:
 
     name: str
     modalities: tuple[str, ...]
-    num_classes: int
+    classes: tuple[str, ...]
     regions: Mapping[str, Sequence[int]]
     missing_rates: Mapping[str, float]
     train: PhantomDataset | Cases
     test: PhantomDataset | Cases
     credit: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """K, background included."""
+        return len(self.classes)
 
 
 class Cases(Dataset[Item]):
@@ -165,7 +170,7 @@ def phantom_cohort(seed: int = 0, train: int = 32, test: int = 12, size: int = 4
     return Cohort(
         name="phantom",
         modalities=MODALITIES,
-        num_classes=4,
+        classes=CLASSES,
         regions=BRATS_REGIONS,
         missing_rates=dict(zip(MODALITIES, (0.2, 0.4, 0.6, 0.8), strict=True)),
         train=PhantomDataset(train, (size,) * 3, seed=2 * seed),
@@ -197,7 +202,7 @@ def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
     return Cohort(
         name=f"soft-tissue sarcoma, fold {fold}",
         modalities=("ct", "pet", "t1"),
-        num_classes=2,
+        classes=("background", "gross tumour volume"),
         regions={"GTV": (1,)},
         missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
         train=Cases([name for name, place in folds.items() if place != fold], read),
@@ -225,7 +230,7 @@ def ms4_cohort(folder: Path) -> Cohort:
     return Cohort(
         name="multiple sclerosis",
         modalities=tuple(stored),
-        num_classes=2,
+        classes=("background", "lesion"),
         regions={"lesion": (1,)},
         missing_rates=dict(zip(stored, (0.2, 0.4, 0.6, 0.8), strict=True)),
         train=Cases(names[:-1], read),

@@ -27,12 +27,16 @@ from torch.utils.data import DataLoader
 from examples import figures
 from examples.backbones import BACKBONES, RFNetLike
 from examples.data import Cohort, RandomPatches, load_cohort
-from passion_plugin.config import PassionConfig
+from passion_plugin import (
+    IncompleteDataset,
+    PassionConfig,
+    PassionWrapper,
+    Preference,
+    PresenceTable,
+    draw_presence,
+)
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
 from passion_plugin.losses import dice_loss, weighted_cross_entropy
-from passion_plugin.missing import IncompleteDataset, PresenceTable, draw_presence
-from passion_plugin.preference import Preference
-from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["Run", "compare", "criterion", "main", "table", "train"]
 
@@ -95,7 +99,7 @@ def train(
     Returns:
         The preference after every epoch, empty without ``wrap``.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     passion = wrap(model) if wrap else None  # 1: wrap
     network = passion or model
@@ -103,7 +107,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
     history = []
-    with tqdm(loader, total=steps, desc=f"train {name:8s}", unit="step") as bar:
+    with tqdm(loader, total=steps, desc=f"train {name}", unit="step", mininterval=1.0) as bar:
         for step, batch in enumerate(bar, start=1):
             prediction = network(batch["image"], batch["mask"])
             loss = criterion(prediction, batch["label"])
@@ -117,7 +121,7 @@ def train(
             if passion and (step % steps_per_epoch == 0 or step == steps):
                 history.append(passion.end_epoch())  # 3: update the preference
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if passion:
         passion.unwrap()
     return history

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from passion_plugin import Preference
 from passion_plugin.evaluation import SubsetResults
-from passion_plugin.preference import Preference
 
 if TYPE_CHECKING:
     from examples.data import Cohort
@@ -41,7 +41,9 @@ def preference_curves(history: Sequence[Preference], missing: Mapping[str, float
     left.set(xlabel="epoch", ylabel="relative preference", title="below 0: lags behind the average")
     right.axhline(1, color="0.6", linewidth=0.8)
     right.set(xlabel="epoch", ylabel="beta", title="weight of the pixel distillation")
-    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -73,7 +75,7 @@ def heat_maps(plain: SubsetResults, passion: SubsetResults, path: Path, credit: 
 
 def overlays(models: Mapping[str, nn.Module], cohort: Cohort, path: Path) -> None:
     """One test patient: a row per single modality and one for all, columns image, truth, predictions."""
-    item = cohort.test[0]
+    item: dict[str, Any] = dict(cohort.test[0])
     image, label = item["image"], item["label"]
     z = int(label.flatten(1).gt(0).sum(dim=1).argmax())
     count = len(cohort.modalities)
@@ -86,7 +88,7 @@ def overlays(models: Mapping[str, nn.Module], cohort: Cohort, path: Path) -> Non
         shown = image[int(mask.nonzero()[0])] if name != "all" else image[0]
         segmentations = [None, label, *(_segment(model, image, mask) for model in models.values())]
         for axes, title, segmentation in zip(line, columns, segmentations, strict=True):
-            axes.imshow(shown[z].numpy(), cmap="gray")
+            axes.imshow(_on_black(shown[z]), cmap="gray")
             if segmentation is not None:
                 axes.imshow(_paint(segmentation[z], cohort.num_classes), interpolation="nearest")
             axes.set_xticks([])
@@ -94,6 +96,7 @@ def overlays(models: Mapping[str, nn.Module], cohort: Cohort, path: Path) -> Non
             if name == rows[0]:
                 axes.set_title(title, fontsize=10)
         line[0].set_ylabel(name, fontsize=10)
+    _label_legend(figure, cohort.classes)
     _foot(figure, cohort.credit)
     figure.savefig(path, dpi=120)
 
@@ -109,12 +112,28 @@ def _segment(model: nn.Module, image: Tensor, mask: Tensor) -> Tensor:
     return labels
 
 
+def _on_black(image: Tensor) -> Any:
+    """A slice (y, x) in which what is exactly 0, outside the body, is as dark as the darkest voxel."""
+    return torch.where(image == 0, image.min(), image).numpy()
+
+
 def _paint(label: Tensor, num_classes: int) -> Any:
-    """RGBA picture of a label map; the background is transparent."""
+    """RGBA picture (y, x, 4) of labels (y, x); the background is transparent."""
     from matplotlib.colors import to_rgba
 
-    table = torch.tensor([(0, 0, 0, 0), *(to_rgba(_COLOURS[k], 0.6) for k in (1, 2, 4, 0, 3))][:num_classes])
+    table = torch.tensor([(0.0,) * 4, *(to_rgba(_label_colour(k), 0.6) for k in range(1, num_classes))])
     return table[label].numpy()
+
+
+def _label_colour(label: int) -> str:
+    return _COLOURS[label % len(_COLOURS)]
+
+
+def _label_legend(figure: Any, classes: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=_label_colour(k), label=name) for k, name in enumerate(classes) if k]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
 
 
 def _foot(figure: Any, credit: str) -> None:

@@ -37,6 +37,7 @@ class Recorder(nn.Module):
         self.flags: list[bool] = []
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert mask.is_contiguous(), "a row of the mask must not share memory with another"
         self.calls.append((x.clone(), mask.clone()))
         self.flags += [self.training, self.frozen.training, torch.is_grad_enabled()]
         scores = vote(self.frozen(x), mask) * self.scale
@@ -152,18 +153,20 @@ def test_results_do_not_depend_on_the_batch_size() -> None:
 def test_a_sample_is_left_out_of_subsets_it_lacks_and_counted() -> None:
     model = Recorder()
     x, label = data(3)
-    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 0]])
+    mask = torch.tensor([[1, 0, 0], [1, 0, 1], [1, 1, 1]])
     results = run(model, [(x, mask, label)])
     assert results.skipped == {
         "flair": 0, "t1ce": 2, "t1": 1, "flair+t1ce": 2, "flair+t1": 1, "t1ce+t1": 2, "flair+t1ce+t1": 2
     }  # fmt: skip
     assert results.summary(subsets="flair+t1").n == 2
+    complete = run(loader=[(x, label)])
+    assert {row for row in results.rows if row.status == "ok"} < set(complete.rows)
     gone = {(row.subset, row.sample) for row in results.rows if row.status == "missing"}
-    assert ("t1", "2") in gone
+    assert ("t1", "0") in gone
     assert all(row.value is None for row in results.rows if (row.subset, row.sample) in gone)
-    # Row 1 of the batch, not row 0, follows where row 0 stays: only complete rows reach the model.
+    # Only complete rows reach the model, here the last two of the batch.
     given = model.calls[results.subsets.index("t1")][0]
-    assert torch.equal(given[:, 2], x[:2, 2])
+    assert torch.equal(given[:, 2], x[1:, 2])
 
 
 def test_a_batch_in_which_no_sample_has_the_subset_never_reaches_the_model() -> None:
@@ -271,6 +274,25 @@ def test_spacing_argument_goes_before_the_batch_and_none_means_voxels() -> None:
     assert none.mean("hd95") > 0
     with pytest.raises(InputError, match="some batches have a spacing"):
         run(loader=[*loader, item(x, label, id=["b"])], hd95=True)
+
+
+def test_each_sample_is_measured_with_its_own_spacing_also_when_rows_are_left_out() -> None:
+    pytest.importorskip("monai")
+    x, label = data(1)
+    loader = [
+        {
+            "image": x.expand(3, -1, -1, -1),
+            "label": label.expand(3, -1, -1),
+            "mask": torch.tensor([[0, 1, 0], [1, 0, 0], [1, 0, 0]]),
+            "spacing": [(1.0, 1.0), (2.0, 2.0), (6.0, 6.0)],
+        }
+    ]
+    rows = run(loader=loader, hd95=True, subsets="flair").rows
+    first, second = (row for row in rows if row.metric == "hd95" and row.status == "ok")
+    assert (first.sample, second.sample) == ("1", "2")
+    assert first.value is not None
+    assert first.value > 0
+    assert second.value == pytest.approx(3 * first.value)
 
 
 def test_empty_masks_are_skipped_or_counted_as_asked() -> None:

@@ -1,4 +1,4 @@
-"""Official mode gives the numbers of the published code; default mode parts from them only where it should."""
+"""Official mode gives the numbers of the published code; default mode parts from them where it should."""
 
 from __future__ import annotations
 

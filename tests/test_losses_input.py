@@ -48,19 +48,19 @@ def test_pixel_distillation_refuses_a_bad_teacher(bad: object, message: str) -> 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "4", True, None])
 def test_temperature_must_be_a_positive_number(temperature: object) -> None:
-    with pytest.raises(ConfigError, match="temperature=.* finite number above 0"):
+    with pytest.raises(ConfigError, match=r"temperature=.* finite number above 0"):
         pixel_distillation(Z, Z, temperature)
 
 
 @pytest.mark.parametrize("scale_factor", [0, -2, 2.0, True, "2"])
 def test_scale_factor_must_be_a_positive_integer(scale_factor: object) -> None:
-    with pytest.raises(ConfigError, match="scale_factor=.* integer of at least 1"):
+    with pytest.raises(ConfigError, match=r"scale_factor=.* integer of at least 1"):
         pixel_distillation(Z, Z, scale_factor=scale_factor)
 
 
 @each_labelled
 def test_unknown_mode_gets_a_suggestion(loss: Callable[..., object]) -> None:
-    with pytest.raises(ConfigError, match="mode='oficial' is unknown. Did you mean 'official'"):
+    with pytest.raises(ConfigError, match=r"mode='oficial' is unknown\. Did you mean 'official'"):
         loss(Z, Y, mode="oficial")
 
 
@@ -73,7 +73,7 @@ def test_official_mode_has_no_regions(loss: Callable[..., object]) -> None:
 
 
 def test_unknown_outputs_get_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="outputs='sigmiod' is unknown. Did you mean 'sigmoid'"):
+    with pytest.raises(ConfigError, match=r"outputs='sigmiod' is unknown\. Did you mean 'sigmoid'"):
         pixel_distillation(Z, Z, outputs="sigmiod")
 
 
@@ -121,7 +121,7 @@ def test_soft_masks_are_refused(fill: float) -> None:
 
 
 def test_prototype_distillation_refuses_features_of_other_resolution_but_takes_other_channels() -> None:
-    with pytest.raises(InputError, match="they must agree apart from the channels. Bring both to one resolution"):
+    with pytest.raises(InputError, match=r"agree apart from the channels\. Bring both to one resolution"):
         prototype_distillation(Z, Z[..., :2], Y, 3)
     prototype_distillation(Z, torch.zeros(2, 7, 4, 4), Y, 3)
 

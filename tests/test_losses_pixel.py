@@ -43,7 +43,7 @@ def pairs(draw: st.DrawFn, *, batch: tuple[int, int] = (1, 3), scale: float = 10
 
 
 @each_setting
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(pair=pairs(), temperature=temperatures)
 def test_equals_its_reference(
     setting: dict[str, str], pair: tuple[Tensor, Tensor], temperature: float
@@ -62,7 +62,7 @@ def test_official_up_sampling_equals_its_reference(pair: tuple[Tensor, Tensor], 
 
 
 @each_setting
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(pair=pairs(batch=(2, 3)))
 def test_has_no_geometry_and_no_batch(setting: dict[str, str], pair: tuple[Tensor, Tensor]) -> None:
     loss = partial(pixel_distillation, **setting)
@@ -72,13 +72,30 @@ def test_has_no_geometry_and_no_batch(setting: dict[str, str], pair: tuple[Tenso
     assert_independent_of_layout(loss, *pair)
 
 
-@each_setting
+@default_settings
+@settings(max_examples=15)
 @given(teacher=logits())
-def test_zero_at_teacher(setting: dict[str, str], teacher: Tensor) -> None:
-    assert_zero_at_teacher(partial(pixel_distillation, **setting), teacher, atol=1e-14)
+def test_zero_at_teacher(outputs: str, teacher: Tensor) -> None:
+    assert_zero_at_teacher(partial(pixel_distillation, outputs=outputs), teacher, atol=1e-14)
+
+
+@settings(max_examples=15)
+@given(teacher=logits(scales=(1.0, 0.0)))
+def test_official_is_zero_at_teacher_where_nothing_is_clamped(teacher: Tensor) -> None:
+    loss = partial(pixel_distillation, mode="official")
+    assert_zero_at_teacher(loss, teacher.clamp(-3, 3), atol=1e-14)
+
+
+def test_official_pushes_a_student_that_equals_a_clamped_teacher() -> None:
+    teacher = torch.tensor([3.0, 0.0, -9.0], dtype=torch.float64).view(1, 3, 1, 1)
+    with pytest.raises(AssertionError, match="gradient at student = teacher"):
+        assert_zero_at_teacher(
+            partial(pixel_distillation, temperature=1.0, mode="official"), teacher, atol=1e-6
+        )
 
 
 @default_settings
+@settings(max_examples=15)
 @given(pair=pairs(scale=100.0), temperature=temperatures)
 def test_default_divergence_is_never_negative(
     outputs: str, pair: tuple[Tensor, Tensor], temperature: float
@@ -87,13 +104,14 @@ def test_default_divergence_is_never_negative(
 
 
 def test_official_divergence_can_be_negative() -> None:
-    # Clamped probabilities no longer sum to 1: of a student that is clamped less, every class can look likelier.
-    teacher = torch.tensor([8.0, 0.0, 0.0, 0.0]).view(1, 4, 1, 1)
-    student = torch.tensor([5.2, 0.0, 0.0, 0.0]).view(1, 4, 1, 1)
+    # Clamped probabilities sum to more than 1: a student that is clamped more is too likely in every class.
+    teacher = torch.tensor([5.2, 0.0, 0.0, 0.0]).view(1, 4, 1, 1)
+    student = torch.tensor([9.0, 0.0, 0.0, 0.0]).view(1, 4, 1, 1)
     loss = partial(pixel_distillation, student, teacher, 1.0)
     assert loss(mode="official") < 0 < loss()
 
 
+@settings(max_examples=15)
 @given(pair=pairs())
 def test_a_constant_added_to_all_classes_of_a_voxel_changes_nothing(pair: tuple[Tensor, Tensor]) -> None:
     student, teacher = pair
@@ -142,7 +160,7 @@ def test_only_default_mode_pulls_back_a_confidently_wrong_student() -> None:
         pixel_distillation(student, teacher, 1.0, mode=mode).sum().backward()
         slopes[mode] = student.grad
     assert slopes["default"].abs().max() > 0.4
-    assert not slopes["official"].any()
+    assert slopes["official"].abs().max() < 1e-6
 
 
 def test_one_region_is_half_of_two_classes() -> None:

@@ -50,14 +50,14 @@ def region_cases(draw: st.DrawFn) -> Case:
 
 @each_pair
 @each_mode
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(case=cases())
 def test_equals_its_reference(loss: Loss, reference: Loss, mode: str, case: Case) -> None:
     assert_matches_reference(partial(loss, mode=mode), partial(reference, mode=mode), *case)
 
 
 @each_pair
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(case=region_cases())
 def test_equals_its_reference_for_regions(loss: Loss, reference: Loss, case: Case) -> None:
     assert_matches_reference(partial(loss, outputs="sigmoid"), partial(reference, outputs="sigmoid"), *case)
@@ -65,7 +65,7 @@ def test_equals_its_reference_for_regions(loss: Loss, reference: Loss, case: Cas
 
 @each_loss
 @each_mode
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(case=cases(batch=(2, 3)))
 def test_has_no_geometry_no_batch_and_no_sign(loss: Loss, mode: str, case: Case) -> None:
     z, y = case
@@ -121,6 +121,7 @@ def test_official_cross_entropy_is_bounded() -> None:
     assert weighted_cross_entropy(z, y).item() == pytest.approx(0.25 * 40)
 
 
+@settings(max_examples=15)
 @given(case=cases())
 def test_dice_is_the_same_in_both_modes(case: Case) -> None:
     assert torch.equal(dice_loss(*case), dice_loss(*case, mode="official"))

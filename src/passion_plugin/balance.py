@@ -116,7 +116,7 @@ def project_beta(beta: Tensor, *, norm: float, minimum: float) -> Tensor:
 
 def usable_distances(
     distance: Tensor, presence: Tensor, modalities: tuple[str, ...]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Check one batch of distances and blank what is absent or not finite.
 
     Args:
@@ -125,8 +125,8 @@ def usable_distances(
         modalities: the M names.
 
     Returns:
-        ``(distance, usable)``: (B, M) of at least float32 with zeros where unusable, and (B, M) bool on the
-        same device.
+        ``(distance, presence, usable)``, (B, M), on the device of ``distance``: at least float32 with zeros
+        where unusable; bool as given; bool, present and finite.
 
     Raises:
         InputError: wrong shape or dtype; a sample without any modality, where ``presence`` is on the CPU.
@@ -159,8 +159,10 @@ def usable_distances(
     raise_problems(problems, what="relative preference", error=InputError)
     if distance.dtype in (torch.float16, torch.bfloat16):
         distance = distance.float()
-    usable = presence.to(distance.device) & torch.isfinite(distance)
-    return torch.where(usable, distance, 0), usable
+    # Not waiting is safe towards an accelerator only; towards the CPU the values would not be there yet.
+    presence = presence.to(distance.device, non_blocking=distance.device.type != "cpu")
+    usable = presence & torch.isfinite(distance)
+    return torch.where(usable, distance, 0), presence, usable
 
 
 def presence_counts_of(

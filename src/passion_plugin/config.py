@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from passion_plugin.errors import raise_problems
@@ -86,14 +88,16 @@ class PassionConfig:
             if getattr(self, name) not in choices
         ]
         for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("pixel_weight", "prototype_weight", "unimodal_weight", "eta", "warmup_epochs"):
-            if not getattr(self, name) >= 0:
-                problems.append(f"{name} must not be negative, got {getattr(self, name)!r}")
-        if self.eta_every < 1:
-            problems.append(f"eta_every must be at least 1, got {self.eta_every!r}")
-        if not self.beta_min <= 1 <= self.beta_max:
+            if not _is_number(getattr(self, name), above=0):
+                problems.append(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
+        for name in ("pixel_weight", "prototype_weight", "unimodal_weight", "eta"):
+            if not _is_number(getattr(self, name), least=0):
+                problems.append(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
+        for name, least in (("warmup_epochs", 0), ("eta_every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                problems.append(f"{name} must be an integer, {least} or more, got {value!r}")
+        if not problems and not self.beta_min <= 1 <= self.beta_max:
             problems.append(
                 f"beta starts at 1, which must lie between beta_min={self.beta_min!r} and beta_max={self.beta_max!r}"
             )
@@ -115,3 +119,7 @@ class PassionConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, for logs and checkpoints."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _is_number(value: Any, *, above: float = -math.inf, least: float = -math.inf) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and value > above and value >= least

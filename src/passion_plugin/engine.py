@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,44 +12,20 @@ from torch import Tensor, nn
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
-from passion_plugin.backbone.masks import check_mask
-from passion_plugin.backbone.settle import example_heads, initial_spec, settled_backbone
+from passion_plugin.backbone.settle import check_setup, example_call, example_heads, initial_spec, settled_backbone
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import BackboneError, ConfigError, InputError, PassionWarning, UsageError, raise_problems
+from passion_plugin.errors import BackboneError, ConfigError, PassionWarning, UsageError, raise_problems
 from passion_plugin.modulation import EncoderModulation
-from passion_plugin.objective import LossTerms, collect_terms, passion_objective, unimodal_loss
-from passion_plugin.passes import Prediction, fused_pass
+from passion_plugin.objective import LossTerms, passion_objective
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
-from passion_plugin.students import Student, active_students, run_students
-from passion_plugin.targets import prepare_target
+from passion_plugin.step import TrainingStep
 
 __all__ = ["Passion"]
 
 _STATE_FORMAT = 1
 _STEPS_WITHOUT_EPOCH = 1000
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a forward leaves for the loss.
-
-    Attributes:
-        teacher: the fused prediction, without gradient.
-        version: of the teacher's logits, to notice an in-place change by the user.
-        students: predictions that saw one modality.
-        presence: bool (B, M) on the CPU.
-        active: bool (B, M) on the CPU, where a student ran.
-        unimodal: predictions of the backbone's own uni-modal decoder, one per modality, or None.
-    """
-
-    teacher: Prediction
-    version: int
-    students: list[Student]
-    presence: Tensor
-    active: Tensor
-    unimodal: Sequence[Tensor] | None
 
 
 class Passion:
@@ -74,6 +49,7 @@ class Passion:
     Raises:
         ConfigError: listing what is wrong with names, rates or spec.
         BackboneError: the example shows that the backbone cannot be used.
+        UsageError: the backbone has an engine already.
     """
 
     def __init__(
@@ -89,9 +65,13 @@ class Passion:
         example_mask: Any = None,
     ) -> None:
         self.backbone = backbone
-        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
         self.config = config if config is not None else PassionConfig()
-        raise_problems(_problems_of(backbone, self.modalities, self.config), what="Passion")
+        if has_engine(backbone):
+            raise UsageError("this backbone has a Passion engine already; unwrap() or detach() that first")
+        if example_mask is not None and example_input is None:
+            raise ConfigError("example_mask was given without example_input")
+        check_setup(backbone, self.modalities, self.config)
         self.rarity = Rarity.of(self.modalities, presence, missing_rates)
         self.preference = PreferenceEstimator(
             self.modalities,
@@ -103,14 +83,15 @@ class Passion:
             beta_min=self.config.beta_min,
             beta_max=self.config.beta_max,
         )
-        self.heads = nn.ModuleDict()
+        self.heads = nn.ModuleList()
         self.bound: BoundBackbone | None = None
         self._previous_forward: Any = None
         self._attached = False
-        self._enabled = True
+        self._disabled = 0
+        self._detached = False
         self._inside = False
         self._modulation = EncoderModulation()
-        self._step: _Step | None = None
+        self._step: TrainingStep | None = None
         self._terms: LossTerms | None = None
         self._steps_since_epoch = 0
         self._warned: set[str] = set()
@@ -119,7 +100,10 @@ class Passion:
             # Wrong names are reported here and now; the behaviour of the backbone when data is there.
             BoundBackbone(backbone, self._spec, self.modalities)
         if example_input is not None:
-            self._settle_with_example(example_input, example_mask)
+            call = example_call(example_input, example_mask, self._spec)
+            self.bound = settled_backbone(backbone, call, self.modalities, self._spec, self.config)
+            if self.bound.spec.students == "heads":
+                self.heads = example_heads(self.bound, call)
 
     @classmethod
     def attach(cls, backbone: nn.Module, **options: Any) -> Passion:
@@ -134,12 +118,7 @@ class Passion:
 
         Returns:
             The engine; its :meth:`loss`, :meth:`end_epoch` and :meth:`detach` are what a training loop needs.
-
-        Raises:
-            UsageError: another engine is attached already.
         """
-        if isinstance(getattr(backbone.__dict__.get("forward"), "__self__", None), Passion):
-            raise UsageError("a Passion engine is attached to this backbone already; detach() it first")
         passion = cls(backbone, **options)
         passion._previous_forward = backbone.__dict__.get("forward")
         passion._attached = True
@@ -160,8 +139,7 @@ class Passion:
                 self.backbone.__dict__.pop("forward", None)
             else:
                 self.backbone.__dict__["forward"] = self._previous_forward
-        self._attached = self._enabled = False
-        self._step = None
+        self._attached, self._detached, self._step = False, True, None
         return self.backbone
 
     @torch.compiler.disable
@@ -194,27 +172,19 @@ class Passion:
         self._inside = True
         try:
             bound = self._settle(call)
-            available = _availability(bound, call, presence)
-            bound.check_finite(call, available)
-            fused = fused_pass(bound, call, available, keep_random_state=self.config.share_random_state)
-            active = active_students(available)
-            students = run_students(bound, fused, active, self.config, self.heads)
+            step = TrainingStep.run(bound, call, presence, self.config, self.heads)
             if self.config.modulation == "encoder":
                 self._modulation.install(bound.encoders, dict(zip(self.modalities, self.preference.beta, strict=True)))
         finally:
             self._inside = False
-        own = bound.spec.unimodal_outputs if self.config.mode == "official" else None
-        self._step = _Step(
-            teacher=fused.prediction.detached(),
-            version=fused.prediction.logits._version,
-            students=students,
-            presence=available,
-            active=active,
-            unimodal=None if own is None else own(fused.raw),
-        )
+        self._step = step
         if target is None:
-            return fused.raw
-        return fused.raw, self.loss(target)
+            return step.raw
+        try:
+            return step.raw, self.loss(target)
+        finally:
+            # In this style nobody comes back for the step, not even when the target was refused.
+            self._step = None
 
     def loss(self, target: Tensor) -> Tensor:
         """Return the loss of the last forward, to be added to the user's own.
@@ -230,43 +200,24 @@ class Passion:
             UsageError: there was no training forward since the last call.
             InputError: the target has the wrong shape, dtype or content.
         """
-        step, bound = self._step, self.bound
-        if step is None or bound is None:
+        if self._step is None:
             raise UsageError(
                 "there is nothing to compute a loss from: call forward in training mode with gradients enabled "
                 "first, and passion_loss once after each forward"
             )
-        logits, outputs = step.teacher.logits, bound.spec.outputs
-        if logits._version != step.version:
-            raise UsageError(
-                "the prediction was changed in place between forward and passion_loss, and the teacher with it; "
-                "use an out-of-place operation on what forward returned"
-            )
-        labels = prepare_target(target, logits.shape[1], len(logits), logits.ndim - 2, outputs).to(logits.device)
-        self._step = None
-        presence, active = step.presence.to(logits.device), step.active.to(logits.device)
-        matrices = collect_terms(step.teacher, step.students, labels, self.modalities, self.config, outputs)
-        if step.unimodal is not None:
-            columns = [unimodal_loss(_log(p), labels, self.config, outputs) for p in step.unimodal]
-            matrices["unimodal"] = torch.where(presence, torch.stack(columns, dim=1), 0)
-        distance = matrices["distance"]
-        terms = LossTerms(
-            self.modalities,
-            **matrices,
-            gate=self.preference.gate(distance, presence) & active,
-            active=active,
-            supervised=active if step.unimodal is None else presence,
-        )
-        self.preference.update(distance, presence)
-        self._terms = terms.detached()
+        terms = self._step.terms(target, self.config, self.preference)
+        self.preference.update(terms.distance, self._step.presence.to(terms.distance.device))
+        self._step, self._terms = None, terms.detached()
         self._remind_of_epochs()
-        return passion_objective(
+        loss = passion_objective(
             terms,
             self.rarity.weights,
-            self.preference.beta.to(logits.device),
+            self.preference.beta.to(terms.pixel.device),
             self.config,
             warming_up=self.preference.epoch < self.config.warmup_epochs,
         )
+        # A batch without students still gives something to call backward on.
+        return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
 
     def loss_terms(self) -> LossTerms:
         """Return the terms of the last step, per sample and modality.
@@ -286,21 +237,26 @@ class Passion:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Make the backbone train as if this library were not there, while the context is open."""
-        before, self._enabled = self._enabled, False
+        self._modulation.remove()
+        self._disabled += 1
         try:
             yield
         finally:
-            self._enabled = before
+            self._disabled -= 1
 
     def bare_result(self, result: Any, target: Tensor | None) -> Any:
         """Return a result without students the way a call with or without ``passion_target`` expects it."""
+        if torch.is_grad_enabled() and not self._inside:
+            # Whatever is differentiated from here on is none of our business.
+            self._modulation.remove()
         if target is None:
             return result
         return result, torch.zeros((), device=target.device)
 
     def should_distil(self, training: bool) -> bool:
         """Whether a forward has anything to do beyond calling the backbone."""
-        return training and self._enabled and not self._inside and torch.is_grad_enabled()
+        off = self._detached or self._disabled or self._inside
+        return training and not off and torch.is_grad_enabled()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is ours and nothing of the backbone."""
@@ -324,7 +280,7 @@ class Passion:
         if state["format"] != _STATE_FORMAT:
             problems.append(f"format {state['format']!r}, this version reads {_STATE_FORMAT}")
         if list(state["modalities"]) != list(self.modalities):
-            problems.append(f"it was saved for modalities {state['modalities']}, this model has {list(self.modalities)}")
+            problems.append(f"it was saved for {state['modalities']}, this model has {list(self.modalities)}")
         if set(state["heads"]) != set(self.heads.state_dict()):
             problems.append("its heads do not fit those of this model")
         raise_problems(problems, what="add-on state")
@@ -348,15 +304,6 @@ class Passion:
                 )
             self.bound = bound
         return self.bound
-
-    def _settle_with_example(self, example_input: Any, example_mask: Any) -> None:
-        several = isinstance(example_input, tuple) and self._spec is not None and not isinstance(self._spec.input_argument, (int, str))
-        args = tuple(example_input) if several else (example_input,)
-        call = BackboneCall(args if example_mask is None else (*args, example_mask), {})
-        bound = settled_backbone(self.backbone, call, self.modalities, self._spec, self.config)
-        if bound.spec.students == "heads":
-            self.heads = example_heads(bound, call)
-        self.bound = bound
 
     def _remind_of_epochs(self) -> None:
         self._steps_since_epoch += 1
@@ -391,29 +338,8 @@ class Passion:
         return self.bare_result(self._bare_forward(*args, **kwargs), passion_target)
 
 
-def _availability(bound: BoundBackbone, call: BackboneCall, presence: Tensor | None) -> Tensor:
-    """Return bool (B, M): what may be looked at, at least what the mask of the call lets through."""
-    if presence is None:
-        return bound.presence_of(call)
-    available = check_mask(presence, bound.batch_of(call), bound.modalities, what="passion_presence")
-    if bound.has_mask(call) and bool((bound.presence_of(call) & ~available).any()):
-        raise InputError("the mask lets modalities through that passion_presence says are missing")
-    return available
-
-
-def _log(probabilities: Tensor) -> Tensor:
-    """Turn probabilities into logits of the same softmax."""
-    return probabilities.float().clamp(min=torch.finfo(torch.float32).tiny).log()
-
-
-def _problems_of(backbone: Any, modalities: tuple[str, ...], config: Any) -> list[str]:
-    problems = []
-    if not isinstance(backbone, nn.Module):
-        problems.append(f"the backbone must be a torch.nn.Module, got {type(backbone).__name__}")
-    if len(modalities) < 2 or not all(isinstance(name, str) and name for name in modalities):
-        problems.append(f"modalities must be at least two names, got {modalities!r}")
-    if len(set(modalities)) != len(modalities):
-        problems.append(f"modalities must be different names, got {modalities!r}")
-    if not isinstance(config, PassionConfig):
-        problems.append(f"config must be a PassionConfig, got {type(config).__name__}")
-    return problems
+def has_engine(backbone: Any) -> bool:
+    """Whether ``backbone`` is a wrapper, or has an engine attached."""
+    attributes = getattr(backbone, "__dict__", {})
+    owner = getattr(attributes.get("forward"), "__self__", None)
+    return isinstance(owner, Passion) or isinstance(attributes.get("passion"), Passion)

@@ -57,7 +57,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 
     Example:
         >>> suggest("t1c", ["flair", "t1ce", "t1", "t2"])
-        " Did you mean 't1ce', 't1' or 't2'?"
+        " Did you mean 't1ce' or 't1'?"
     """
     pool = sorted(set(candidates))
     close = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)

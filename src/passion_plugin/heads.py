@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,23 +80,18 @@ def feature_maps(tensors: Sequence[Tensor], ndim: int) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.ndim == ndim + 2 and tensor.is_floating_point()]
 
 
-def build_heads(features: dict[str, list[Tensor]], prediction: Prediction) -> nn.ModuleDict:
+def build_heads(features: dict[str, list[Tensor]], prediction: Prediction) -> nn.ModuleList:
     """Build a head for each modality that fits what its encoder puts out.
 
     Args:
-        features: encoder outputs of an example, by modality.
+        features: encoder outputs of an example, by modality, in the order of the modalities.
         prediction: the fused prediction of the example.
     """
     ndim = prediction.logits.ndim - 2
-    heads = nn.ModuleDict()
+    heads = nn.ModuleList()
     for modality, tensors in features.items():
         channels = [tensor.shape[1] for tensor in feature_maps(tensors, ndim)]
         if not channels:
             raise ConfigError(f"the encoder of {modality!r} puts out no feature map to set a UnimodalHead on")
-        heads[head_key(modality)] = UnimodalHead(channels, prediction.logits.shape[1], ndim)
+        heads.append(UnimodalHead(channels, prediction.logits.shape[1], ndim))
     return heads.to(prediction.features.device)
-
-
-def head_key(modality: str) -> str:
-    """Return a modality name as a key of a ModuleDict, which allows no dots."""
-    return modality.replace(".", "_")

@@ -51,7 +51,7 @@ def scale_gradient(term: Tensor, coefficient: Tensor) -> Tensor:
         tensor([3.0000, 1.5000])
     """
     if term.requires_grad:
-        term.register_hook(_Scale(coefficient.detach()))  # type: ignore[no-untyped-call]
+        term.register_hook(_Scale(coefficient.detach()))
     return term
 
 
@@ -95,7 +95,5 @@ def tied_encoders(encoders: Mapping[str, Sequence[nn.Module]]) -> None:
                 other = owners.setdefault(id(parameter), modality)
                 if other != modality:
                     pairs[(other, modality)] = None
-    raise_problems(
-        [f"{a!r} and {b!r} share parameters, which would be scaled twice; use modulation='distillation'" for a, b in pairs],
-        what="modulation='encoder'",
-    )
+    problems = [f"{a!r} and {b!r} share parameters, which would be scaled twice" for a, b in pairs]
+    raise_problems(problems, what="modulation='encoder' needs encoders of their own (or use 'distillation')")

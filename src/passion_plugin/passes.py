@@ -13,7 +13,7 @@ from torch import Tensor
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.errors import BackboneError
-from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward, set_random_state
+from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward, random_state, set_random_state
 
 __all__ = ["FusedPass", "Prediction", "fused_pass", "student_pass"]
 
@@ -96,6 +96,7 @@ def fused_pass(
     """
     call = bound.blanked(call, presence)
     record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
+    record.random_state = random_state() if keep_random_state else None
     with overridden_forward(record.recording(keep_random_state=keep_random_state)), _tapped(bound) as taps:
         raw = bound.run(call)
     if torch.is_grad_enabled() and bound.spec.students in ("replay", "mixed", "heads"):
@@ -127,13 +128,19 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     with bound.student_mode(), _only(bound, fused, segments), _tapped(bound) as taps:
         bound.run_masked(call, keep)
     prediction = _prediction(taps)
-    trainable = any(parameter.requires_grad for parameter in bound.backbone.parameters())
-    if torch.is_grad_enabled() and trainable and not prediction.features.requires_grad:
+    if torch.is_grad_enabled() and _upstream_is_trainable(bound) and not prediction.features.requires_grad:
         raise BackboneError(
             f"the features of the student of {segments[0].modality!r} carry no gradient, so that nothing would be "
             f"distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
         )
     return prediction.split([len(segment.rows) for segment in segments])
+
+
+def _upstream_is_trainable(bound: BoundBackbone) -> bool:
+    """Whether what is in front of the classifier has parameters to train; the encoders, where they are known."""
+    last = set() if bound.classifier is None else set(bound.classifier.parameters())
+    modules = [module for group in bound.encoders.values() for module in group] or [bound.backbone]
+    return any(p.requires_grad for module in modules for p in module.parameters() if p not in last)
 
 
 @contextmanager

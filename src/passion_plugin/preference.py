@@ -156,7 +156,7 @@ class PreferenceEstimator(nn.Module):
         Raises:
             InputError: wrong shape or dtype, or a sample without any modality.
         """
-        distance, usable = usable_distances(distance, presence, self.modalities)
+        distance, _, usable = usable_distances(distance, presence, self.modalities)
         available = usable.sum(1, keepdim=True)
         mean = distance.sum(1, keepdim=True) / available.clamp(min=1)
         defined = usable & (available > 1) & (mean > 0)
@@ -179,7 +179,8 @@ class PreferenceEstimator(nn.Module):
         preference = self.relative_preference(distance, presence)
         if self.mode == "default":
             return preference < 0
-        return (preference.sum(0) < 0) & presence.to(distance.device) & torch.isfinite(distance)
+        _, _, usable = usable_distances(distance, presence, self.modalities)
+        return (preference.sum(0) < 0) & usable
 
     @torch.no_grad()
     def update(self, distance: Tensor, presence: Tensor) -> None:
@@ -192,9 +193,9 @@ class PreferenceEstimator(nn.Module):
         Raises:
             InputError: as in :meth:`relative_preference`.
         """
-        distance, usable = usable_distances(distance, presence, self.modalities)
+        distance, presence, usable = usable_distances(distance, presence, self.modalities)
         if self.mode == "default":
-            alone = presence.to(distance.device).sum(1, keepdim=True) == 1
+            alone = presence.sum(1, keepdim=True) == 1
             usable = usable & ~(alone & (distance == 0))
         self._move(distance.device)
         self._sums = self._sums + distance.to(self._sums.dtype).sum(0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class Rarity:
         ]
         empty = np.flatnonzero(~array.any(1)).tolist()
         if empty:
-            problems.append(f"{len(empty)} sample(s) have no modality at all, the first are {empty[:5]}: leave them out")
+            problems.append(f"{len(empty)} sample(s) have no modality at all, such as {empty[:5]}: leave them out")
         raise_problems(problems, what="presence")
         return cls(tuple(float(len(array) / n) for n in counts), tuple(int(n) for n in counts), len(array))
 
@@ -89,10 +90,17 @@ class Rarity:
             ]
             problems += [f"no rate for {name!r}" for name in modalities if name not in missing_rates]
             rates = [missing_rates.get(name, 0.0) for name in modalities]
+        elif isinstance(missing_rates, str) or not isinstance(missing_rates, Iterable):
+            wanted = f"a rate for each of {tuple(modalities)}, by name or in order"
+            raise ConfigError(f"missing_rates must be {wanted}, got {missing_rates!r}")
         else:
             rates = list(missing_rates)
             if len(rates) != len(modalities):
                 problems.append(f"{len(rates)} rates for {len(modalities)} modalities")
-        problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not 0 <= rate < 1]
+        problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not _is_rate(rate)]
         raise_problems(problems, what="missing_rates")
         return cls(tuple(1 / (1 - float(rate)) for rate in rates), None, None)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= value < 1

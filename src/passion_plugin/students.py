@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.config import PassionConfig
-from passion_plugin.heads import feature_maps, head_key
+from passion_plugin.heads import feature_maps
 from passion_plugin.passes import FusedPass, Prediction, student_pass
 from passion_plugin.taps import Segment, random_state, set_random_state
 
@@ -45,7 +44,7 @@ def active_students(presence: Tensor) -> Tensor:
 
 
 def run_students(
-    bound: BoundBackbone, fused: FusedPass, active: Tensor, config: PassionConfig, heads: nn.ModuleDict
+    bound: BoundBackbone, fused: FusedPass, active: Tensor, config: PassionConfig, heads: nn.ModuleList
 ) -> list[Student]:
     """Run every student that the batch needs.
 
@@ -65,7 +64,8 @@ def run_students(
         if len(rows := active[:, column].nonzero().flatten())
     ]
     if bound.spec.students == "heads":
-        return [_head_student(fused, heads, segment) for segment in segments]
+        order = bound.modalities.index
+        return [_head_student(fused, heads[order(segment.modality)], segment) for segment in segments]
     after = random_state() if config.share_random_state else None
     groups = [segments] if config.stack_students and segments else [[segment] for segment in segments]
     students = []
@@ -93,11 +93,9 @@ def _run(bound: BoundBackbone, fused: FusedPass, group: list[Segment], config: P
     return [Prediction.of(tensors[start : start + size]) for start in range(0, len(tensors), size)]
 
 
-def _head_student(fused: FusedPass, heads: nn.ModuleDict, segment: Segment) -> Student:
+def _head_student(fused: FusedPass, head: nn.Module, segment: Segment) -> Student:
     logits = fused.prediction.logits
     maps = feature_maps(fused.record.features(segment.modality), logits.ndim - 2)
     rows = segment.rows.to(logits.device)
-    prediction = heads[head_key(segment.modality)](
-        [feature.index_select(0, rows) for feature in maps], size=logits.shape[2:]
-    )
+    prediction = head([feature.index_select(0, rows) for feature in maps], size=logits.shape[2:])
     return Student(segment.modality, segment.rows, prediction)

@@ -122,7 +122,8 @@ class Tap:
             raise BackboneError(
                 f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. "
                 f"Name the layer of the fused prediction as BackboneSpec.classifier (and in BackboneSpec.coarse "
-                f"layers that run once); a layer shared with auxiliary decoders cannot be used"
+                f"layers that run once); a layer shared with auxiliary decoders cannot be used, nor one that was "
+                f"replaced after wrapping"
             )
         entering, output, version = self.calls[0]
         if output._version != version:

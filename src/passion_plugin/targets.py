@@ -13,16 +13,17 @@ from passion_plugin.validate import Problems, check_labels, describe
 __all__ = ["prepare_target", "resize_labels"]
 
 
-def prepare_target(target: Tensor, num_classes: int, batch: int, spatial_ndim: int, outputs: Outputs) -> Tensor:
+def prepare_target(
+    target: Tensor, logits: Tensor, outputs: Outputs, image_size: tuple[int, ...] | None = None
+) -> Tensor:
     """Check a target and return it as the losses take it, at its own resolution.
 
     Args:
         target: integer labels (B, *spatial), or one-hot (B, K, *spatial) of any dtype, which is converted; for
             sigmoid outputs region masks (B, K, *spatial).
-        num_classes: K.
-        batch: B.
-        spatial_ndim: number of spatial axes.
+        logits: (B, K, *spatial), at the same or a coarser resolution.
         outputs: ``"softmax"`` or ``"sigmoid"``.
+        image_size: spatial size of the images, the other size that a target may have.
 
     Returns:
         int64 labels (B, *spatial), or masks (B, K, *spatial).
@@ -32,9 +33,13 @@ def prepare_target(target: Tensor, num_classes: int, batch: int, spatial_ndim: i
     """
     if not isinstance(target, Tensor):
         raise InputError(f"the target must be a tensor, got {describe(target)}")
+    batch, num_classes, *size = logits.shape
+    spatial_ndim = len(size)
     if outputs == "softmax" and target.ndim == spatial_ndim + 2 and target.shape[1] == num_classes:
         target = _from_one_hot(target)
-    axes = target.shape[-spatial_ndim:] if target.ndim > spatial_ndim else (0,) * spatial_ndim
+    axes = tuple(target.shape[-spatial_ndim:])
+    if axes not in (tuple(size), image_size):
+        axes = tuple(size) if image_size is None else image_size
     problems = Problems("the target")
     # check_labels wants something of the right shape to compare with; an expanded scalar has no storage to speak of.
     reference = torch.empty((), device=target.device).expand(batch, num_classes, *axes)

@@ -184,8 +184,8 @@ def check_labels(
         reference: logits or features, already checked, whose batch, space and device the labels must share.
         num_classes: K.
         kind: which of the two layouts is allowed.
-        values: whether to read the values too; on an accelerator this waits for the device. Skipped while
-            ``torch.compile`` traces, where it would break the graph.
+        values: whether to read the values too; on an accelerator this waits for the device. Never done
+            on meta tensors, nor while ``torch.compile`` traces, where it would break the graph.
     """
     batch, spatial = reference.shape[0], tuple(reference.shape[2:])
     numbers, masks = (batch, *spatial), (batch, num_classes, *spatial)
@@ -200,6 +200,7 @@ def check_labels(
     if labels.device != reference.device:
         where = f"labels are on {labels.device} and the maps on {reference.device}"
         problems.inputs.append(f"{where}; use one device.")
+    values = values and not labels.is_meta and not torch.compiler.is_compiling()
     shape = tuple(labels.shape)
     if kind != "classes" and shape == masks:
         _check_masks(problems, labels, values)
@@ -231,7 +232,7 @@ def _check_numbers(problems: Problems, labels: Tensor, num_classes: int, values:
             "Use labels.long() if they hold whole numbers."
         )
         return
-    if not values or labels.numel() == 0 or torch.compiler.is_compiling():
+    if not values or labels.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= num_classes:
@@ -245,7 +246,7 @@ def _check_masks(problems: Problems, labels: Tensor, values: bool) -> None:
     if labels.is_complex():
         problems.inputs.append(f"labels are {describe(labels)}; region masks must be real.")
         return
-    if labels.dtype == torch.bool or not values or torch.compiler.is_compiling():
+    if not values or labels.dtype == torch.bool:
         return
     if bool(((labels != 0) & (labels != 1)).any()):
         low, high = (bound.item() for bound in torch.aminmax(labels))

@@ -154,9 +154,10 @@ class PassionWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Copies and unpickled objects are asked for attributes before they have any.
+            # Copies and unpickled objects are asked for attributes before they have any; and a protocol such as
+            # __deepcopy__ of the backbone would copy the backbone instead of the wrapper.
             backbone = self.__dict__.get("_modules", {}).get("backbone")
-            if backbone is None:
+            if backbone is None or name.startswith("__"):
                 raise
             return getattr(backbone, name)
 

@@ -173,7 +173,7 @@ class InDataclass(TwoLevels):
         return Levels(*super().forward(image))
 
 
-@zoo(rung="rerun")
+@zoo(by_hand={"students": "rerun"}, rung="replay")
 class DataclassFeatures(Skips):
     """Encoders return dataclass instances that the decoder overwrites."""
 
@@ -238,7 +238,7 @@ class MaskedTwice(Net):
         return super().encode([hide(image, mask, index) for index, image in enumerate(images)], mask)
 
 
-@zoo(rung="rerun")
+@zoo(by_hand={"students": "rerun"}, rung="replay")
 class EncoderSeesTheMask(Net):
     """The encoder is called with its column of the mask as a second argument and returns masked features."""
 

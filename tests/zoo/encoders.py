@@ -214,7 +214,7 @@ class Remembering(nn.Module):
         return self.second(self.skip)
 
 
-@zoo(copies=False, rung="rerun")
+@zoo(by_hand={"students": "rerun"}, rung="replay", copies=False)
 class SideChannel(Net):
     """Skips travel on ``encoder.skip``: replaying what an encoder returns leaves the skip of another pass."""
 

@@ -72,7 +72,7 @@ class ZooEntry:
         by_hand: further fields that detection has to find, for a user who writes the whole spec.
         expected: "works" or "refused".
         reason: regular expression of the refusal.
-        rung: expected rung of the replay ladder; empty where any right one will do.
+        rung: rung of the replay ladder that detection should choose; empty where any right one will do.
         reference: "single" recomputes students row by row, "rows" on the rows of a student together,
             "batch" on the whole batch (normalisation over the batch makes these differ).
         nan_safe: the bare backbone ignores NaN in what is absent.
@@ -112,9 +112,9 @@ class ZooEntry:
 
     def backbone(self) -> nn.Module:
         """Build the backbone with reproducible weights, in train mode."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         backbone = self.backbone_class(self.modalities, self.num_classes, **self.options).to(self.dtype)
-        return self.finish(backbone) if self.finish else backbone
+        return (self.finish(backbone) if self.finish else backbone).train()
 
     def images(self) -> list[Tensor]:
         """One image (B, C_m, *spatial) per modality, absent ones zero."""
@@ -125,6 +125,10 @@ class ZooEntry:
     def table(self) -> Tensor:
         """Presence (B, M) of the example batch."""
         return self.presence(len(self.modalities))
+
+    def training_table(self) -> Tensor:
+        """Presence (N, M) of the training set: the example batch and two complete samples."""
+        return torch.cat([self.table(), torch.ones(2, len(self.modalities), dtype=torch.bool)])
 
     def labels(self) -> Tensor:
         """Labels (B, *spatial) with every class in every sample; region masks (B, K, *spatial) if sigmoid."""

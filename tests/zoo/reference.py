@@ -6,39 +6,52 @@ one-hot mask; a plain forward hook listens at the classifier.
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_map
 
 from passion_plugin.losses import pixel_distillation, prototype_distillation
 
-from .entry import Arguments, ZooEntry
+from .entry import ZOO, Arguments, ZooEntry
 
 __all__ = [
-    "Terms",
+    "SlowStep",
     "bare",
     "clone_arguments",
     "encoder_parameters",
     "first_difference",
+    "prepared",
     "run",
-    "slow_gradients",
-    "slow_terms",
+    "slow_step",
     "without_noise",
 ]
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Terms (B, M), zero where there is no student."""
+class SlowStep:
+    """Terms (B, M), zero where there is no student; gradient of the weighted mean of the pixel terms."""
 
     pixel: Tensor
     prototype: Tensor
     distance: Tensor
     active: Tensor
+    gradients: dict[str, Tensor]
+
+
+def prepared(entry: ZooEntry) -> nn.Module:
+    """A fresh backbone whose lazy parameters have their values, always the same ones."""
+    backbone = entry.backbone()
+    if any(is_lazy(parameter) for parameter in backbone.parameters()):
+        run(backbone, entry.arguments())
+        return bare(entry, backbone)
+    return backbone
 
 
 def bare(entry: ZooEntry, like: nn.Module) -> nn.Module:
@@ -71,7 +84,7 @@ def clone(value: Any) -> Any:
 
 def run(model: nn.Module, arguments: Arguments, **extra: Any) -> Any:
     """Call ``model`` from a fixed random state on copies of the arguments."""
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)  # torch.manual_seed walks the stack for a CUDA not yet started
     args, kwargs = clone_arguments(arguments)
     return model(*args, **kwargs, **extra)
 
@@ -91,71 +104,46 @@ def first_difference(one: Any, other: Any) -> str:
     return ""
 
 
-def slow_terms(entry: ZooEntry, like: nn.Module, temperature: float) -> Terms:
-    """Pixel, prototype and distance terms, from one run of the bare backbone per student.
-
-    Args:
-        entry: ground truth.
-        like: backbone with the weights to use; left as it is.
-        temperature: of the pixel distillation.
-    """
-    teacher, after = slow_teacher(entry, like)
-    presence = entry.table()
-    labels = at_resolution(entry.labels(), teacher[1], entry.outputs)
-    pixel, prototype, distance = (torch.zeros(presence.shape, dtype=teacher[1].dtype) for _ in range(3))
-    for modality in range(len(entry.modalities)):
-        for group, places in slow_groups(entry, modality):
-            student = listen(entry, with_state(entry, like, after), entry.only(modality, group))
-            for place in places:
-                row = int(group[place])
-                features, logits = (tensor[place : place + 1].detach() for tensor in student)
-                teacher_features, teacher_logits = (tensor[row : row + 1] for tensor in teacher)
-                pixel[row, modality] = pixel_distillation(
-                    logits, teacher_logits, temperature, outputs=entry.outputs
-                )
-                prototype[row, modality], distance[row, modality] = prototype_distillation(
-                    features, teacher_features, labels[row : row + 1], entry.num_classes
-                )
-    return Terms(pixel, prototype, distance, active_students(entry))
-
-
-def slow_gradients(
-    entry: ZooEntry, like: nn.Module, temperature: float, weights: list[float]
-) -> dict[str, Tensor]:
-    """Gradient of the weighted mean of the pixel terms with respect to every parameter, by name.
+@functools.cache
+def slow_step(name: str, temperature: float) -> SlowStep:
+    """Terms and gradients of one step, from one run of the bare backbone per student.
 
     A student of one modality moves the encoder of that modality and whatever is shared, never the encoder of
     another: what a blanked image would send there is left out.
 
     Args:
-        entry: ground truth.
-        like: backbone with the weights to use; left as it is.
+        name: of the entry; weights are those of a fresh backbone.
         temperature: of the pixel distillation.
-        weights: of the modalities.
     """
-    (_, teacher), after = slow_teacher(entry, like)
-    total: dict[str, Tensor] = {}
-    for modality, weight in enumerate(weights):
+    entry = ZOO[name]
+    model = without_noise(prepared(entry))
+    features, logits = (tensor.detach() for tensor in listen(entry, model, entry.arguments()))
+    after = copy.deepcopy(model.state_dict())
+    presence, labels = entry.table(), at_resolution(entry.labels(), features, entry.outputs)
+    weights = 1 / entry.training_table().double().mean(dim=0)
+    pixel, prototype, distance = (torch.zeros(presence.shape, dtype=logits.dtype) for _ in range(3))
+    gradients: dict[str, Tensor] = {}
+    for modality, weight in enumerate(weights.tolist()):
         for group, places in slow_groups(entry, modality):
-            model = with_state(entry, like, after)
-            _, logits = listen(entry, model, entry.only(modality, group))
             rows = group[places]
-            terms = pixel_distillation(logits[places], teacher[rows], temperature, outputs=entry.outputs)
-            (weight * terms.sum() / len(teacher)).backward()
+            model.load_state_dict(after)
+            model.zero_grad()
+            student_features, student_logits = listen(entry, model, entry.only(modality, group))
+            terms = pixel_distillation(
+                student_logits[places], logits[rows], temperature, outputs=entry.outputs
+            )
+            (weight * terms.sum() / len(presence)).backward()
+            pixel[rows, modality] = terms.detach()
+            prototype[rows, modality], distance[rows, modality] = prototype_distillation(
+                student_features[places].detach(), features[rows], labels[rows], entry.num_classes
+            )
             own = {id(p) for p in encoder_parameters(entry, model, modality)}
             others = [m for m in range(len(entry.modalities)) if m != modality]
             foreign = {id(p) for m in others for p in encoder_parameters(entry, model, m)} - own
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None and id(parameter) not in foreign:
-                    total[name] = total.get(name, 0) + parameter.grad
-    return total
-
-
-def slow_teacher(entry: ZooEntry, like: nn.Module) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """Features and logits of the fused pass without gradient, and the state that it leaves."""
-    model = without_noise(bare(entry, like))
-    features, logits = listen(entry, model, entry.arguments())
-    return (features.detach(), logits.detach()), model.state_dict()
+                    gradients[name] = gradients.get(name, torch.zeros(())) + parameter.grad
+    return SlowStep(pixel, prototype, distance, active_students(entry), gradients)
 
 
 def slow_groups(entry: ZooEntry, modality: int) -> list[tuple[Tensor, Tensor]]:
@@ -173,13 +161,6 @@ def active_students(entry: ZooEntry) -> Tensor:
     """Bool (B, M): the sample has the modality and at least one other."""
     presence = entry.table()
     return presence & (presence.sum(dim=1, keepdim=True) > 1)
-
-
-def with_state(entry: ZooEntry, like: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A fresh backbone without noise in a given state."""
-    model = without_noise(bare(entry, like))
-    model.load_state_dict(state)
-    return model
 
 
 def encoder_parameters(entry: ZooEntry, backbone: nn.Module, modality: int) -> list[nn.Parameter]:
@@ -202,9 +183,9 @@ def listen(entry: ZooEntry, backbone: nn.Module, arguments: Arguments) -> tuple[
     return features, logits
 
 
-def at_resolution(labels: Tensor, logits: Tensor, outputs: str) -> Tensor:
-    """Labels brought to the resolution of ``logits`` by picking the nearest voxel."""
-    size = logits.shape[2:]
+def at_resolution(labels: Tensor, features: Tensor, outputs: str) -> Tensor:
+    """Labels brought to the resolution of ``features`` by picking the nearest voxel."""
+    size = features.shape[2:]
     if labels.shape[-len(size) :] == size:
         return labels
     if outputs == "sigmoid":

@@ -73,12 +73,7 @@ class Dropout(Net):
 
 
 @zoo("checkpointed_encoder", options={"reentrant": False})
-@zoo(
-    "checkpointed_reentrant",
-    options={"reentrant": True},
-    expected="refused",
-    reason=r"(?is)reentrant",
-)
+@zoo("checkpointed_reentrant", options={"reentrant": True}, expected="refused", reason=r"reentrant")
 class Checkpointed(Net):
     """Each encoder runs under activation checkpointing, so it runs again in backward."""
 

@@ -15,7 +15,7 @@ from passion_plugin.backbone.inputs import batch_size, blank, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
-from passion_plugin.taps import resolve_module
+from passion_plugin.taps import overridden_forward, resolve_module
 
 __all__ = ["BoundBackbone"]
 
@@ -62,9 +62,8 @@ class BoundBackbone:
                 problems.append(f"encoders: unknown modality {modality!r}.{suggest(modality, self.modalities)}")
             found = [resolve(name, f"encoders[{modality!r}]") for name in names]
             self.encoders[modality] = tuple(module for module in found if module is not None)
-        problems += [
-            f"encoders: modality {name!r} has none" for name in self.modalities if spec.encoders and name not in spec.encoders
-        ]
+        lacking = [name for name in self.modalities if spec.encoders and name not in spec.encoders]
+        problems += [f"encoders: modality {name!r} has none" for name in lacking]
         problems += _shared(self.encoders)
         if spec.mask_columns is not None and sorted(spec.mask_columns) != sorted(self.modalities):
             problems.append(f"mask_columns {spec.mask_columns} must be a permutation of {self.modalities}")
@@ -107,6 +106,26 @@ class BoundBackbone:
     def has_mask(self, call: BackboneCall) -> bool:
         """Whether the call says which modalities are present."""
         return self._mask is not None and call.get(self._mask) is not None
+
+    def availability(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
+        """Return what may be looked at: at least what the mask of the call lets through.
+
+        Args:
+            call: arguments of a forward.
+            presence: bool (B, M) said by the user, or None to go by the mask.
+
+        Returns:
+            bool (B, M) on the CPU.
+
+        Raises:
+            InputError: as in :meth:`presence_of`, or ``presence`` contradicts the mask.
+        """
+        if presence is None:
+            return self.presence_of(call)
+        available = check_mask(presence, self.batch_of(call), self.modalities, what="passion_presence")
+        if self.has_mask(call) and bool((self.presence_of(call) & ~available).any()):
+            raise InputError("the mask lets modalities through that passion_presence says are missing")
+        return available
 
     def presence_of(self, call: BackboneCall) -> Tensor:
         """Read the mask of a call.
@@ -151,6 +170,11 @@ class BoundBackbone:
                 f"repair the image; nothing was computed from this batch"
             )
 
+    def image_size(self, call: BackboneCall) -> tuple[int, ...] | None:
+        """Return the spatial size of the images, or None when they are in a container of their own kind."""
+        first = next(iter(_leaves(self.input_of(call))), None)
+        return None if first is None else tuple(first.shape[2:])
+
     def blanked(self, call: BackboneCall, keep: Tensor) -> BackboneCall:
         """Return the call with every modality outside ``keep`` (bool (B, M)) made absent in the images."""
         if bool(keep.all()):
@@ -185,12 +209,18 @@ class BoundBackbone:
     def student_mode(self) -> Iterator[None]:
         """Auxiliary outputs off, and running statistics of normalisation layers at rest."""
         with ExitStack() as stack:
+            if self.forward is not None:
+                stack.enter_context(overridden_forward({self.backbone: self._bare}))
             if callable(self.spec.light):
                 stack.enter_context(self.spec.light(self.backbone))
             else:
                 stack.enter_context(_attributes(self.backbone, self.spec.light))
             stack.enter_context(_resting_statistics(self.backbone))
             yield
+
+    def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.forward is not None
+        return self.forward(*args, **kwargs)
 
     def _missing_attribute(self, name: str) -> str:
         owner, _, attribute = name.rpartition(".")
@@ -229,15 +259,19 @@ def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None
         for name, value in values.items():
             owner, _, attribute = name.rpartition(".")
             module = backbone.get_submodule(owner)
-            before.append((module, attribute, attribute in module.__dict__, getattr(module, attribute)))
+            # A plain attribute of the class is covered by one of the instance, and uncovered afterwards; anything
+            # else (instance attribute, sub-module, buffer, property) has to be set back.
+            covers = attribute not in module.__dict__ and attribute in type(module).__dict__
+            covers = covers and not hasattr(type(module).__dict__[attribute], "__set__")
+            before.append((module, attribute, covers, getattr(module, attribute)))
             setattr(module, attribute, value)
         yield
     finally:
-        for module, attribute, own, value in reversed(before):
-            if own:
-                setattr(module, attribute, value)
-            else:
+        for module, attribute, covers, value in reversed(before):
+            if covers:
                 delattr(module, attribute)
+            else:
+                setattr(module, attribute, value)
 
 
 @contextmanager

@@ -26,8 +26,12 @@ class Argument:
 
 def locate_argument(backbone: nn.Module, key: int | str) -> Argument:
     """Return both ways in which the forward of ``backbone`` can be given the argument ``key``."""
+    forward = backbone.forward
+    if not isinstance(getattr(forward, "__self__", backbone), nn.Module):
+        # Bound to something that is no module: an attached engine, whose signature says nothing.
+        forward = type(backbone).forward.__get__(backbone)
     try:
-        parameters = list(inspect.signature(backbone.forward).parameters.values())
+        parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):
         parameters = []
     plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

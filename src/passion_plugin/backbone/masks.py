@@ -84,6 +84,8 @@ def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what:
         raise InputError(
             f"{what} must have shape {expected}, one column for each of {tuple(modalities)}, got {tuple(mask.shape)}"
         )
+    if mask.shape[0] == 0:
+        raise InputError(f"{what} is for an empty batch; skip batches without samples")
     mask = mask.detach().cpu()
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
@@ -136,7 +138,11 @@ class _IndexCodec:
         return (mask[0, list(self.order)] ^ self.inverted).nonzero().flatten().tolist()
 
     def decode(self, raw: Any) -> Tensor:
-        indices = [int(index) for index in raw]
+        if isinstance(raw, Tensor):
+            raw = raw.tolist()
+        if not isinstance(raw, Sequence) or not all(isinstance(index, int) for index in raw):
+            raise InputError(f"the mask must be a list of modality indices for the whole batch, got {raw!r}")
+        indices = list(raw)
         count = len(self.order)
         if any(not 0 <= index < count for index in indices) or len(set(indices)) != len(indices):
             raise InputError(f"the list of modality indices must hold each of 0..{count - 1} at most once, got {raw}")

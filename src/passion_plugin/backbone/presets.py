@@ -15,7 +15,15 @@ from passion_plugin.errors import ConfigError, suggest
 __all__ = ["PRESETS", "Preset", "find_preset", "preset"]
 
 _BRATS = ("flair", "t1ce", "t1", "t2")
-_ALIASES = {"t1c": "t1ce", "t1gd": "t1ce", "t1post": "t1ce", "t2flair": "flair", "t2f": "flair", "t1n": "t1", "t2w": "t2"}
+_ALIASES = {
+    "t1c": "t1ce",
+    "t1gd": "t1ce",
+    "t1post": "t1ce",
+    "t2flair": "flair",
+    "t2f": "flair",
+    "t1n": "t1",
+    "t2w": "t2",
+}
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,7 @@ PRESETS: dict[str, Preset] = {
                 "outputs": "sigmoid",
                 "mask_argument": "drop",
                 "mask_meaning": "missing",
+                "light_arguments": {"valid": True},
             },
         ),
         Preset(

@@ -14,18 +14,38 @@ from passion_plugin.backbone.presets import find_preset, preset
 from passion_plugin.backbone.report import examine_call
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import ConfigError
+from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.heads import build_heads
 from passion_plugin.modulation import tied_encoders
 from passion_plugin.passes import fused_pass
 
-__all__ = ["example_heads", "initial_spec", "settled_backbone"]
+__all__ = ["check_setup", "example_call", "example_heads", "initial_spec", "settled_backbone"]
+
+
+def check_setup(backbone: Any, modalities: tuple[Any, ...], config: Any) -> None:
+    """Check what needs no data.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    problems = []
+    if not isinstance(backbone, nn.Module):
+        problems.append(f"the backbone must be a torch.nn.Module, got {type(backbone).__name__}")
+    if len(modalities) < 2 or not all(isinstance(name, str) and name for name in modalities):
+        problems.append(f"modalities must be at least two names, got {modalities!r}")
+    if len(set(modalities)) != len(modalities):
+        problems.append(f"modalities must be different names, got {modalities!r}")
+    if not isinstance(config, PassionConfig):
+        problems.append(f"config must be a PassionConfig, got {type(config).__name__}")
+    raise_problems(problems, what="Passion")
 
 
 def initial_spec(
     backbone: nn.Module, modalities: Sequence[str], spec: BackboneSpec | str | None
 ) -> BackboneSpec | None:
     """Return the spec that is known before any data was seen: the given one, a preset, or None."""
+    if spec is not None and not isinstance(spec, (BackboneSpec, str)):
+        raise ConfigError(f"spec must be a BackboneSpec, the name of a preset or None, got {type(spec).__name__}")
     if isinstance(spec, str):
         return preset(spec, backbone, modalities)
     return find_preset(backbone, modalities) if spec is None else spec
@@ -58,6 +78,11 @@ def settled_backbone(
         report.raise_problems()
         spec = report.spec
         assert spec is not None
+    if config.mode == "official" and spec.outputs == "sigmoid":
+        raise ConfigError(
+            "mode='official' is only defined for softmax outputs, which the published code has; use "
+            "mode='default' with sigmoid outputs"
+        )
     if config.stack_students and not spec.stackable:
         raise ConfigError(
             "stack_students=True, but the checks did not show that this backbone gives the same numbers for "
@@ -71,8 +96,15 @@ def settled_backbone(
     return bound
 
 
+def example_call(example_input: Any, example_mask: Any, spec: BackboneSpec | None) -> BackboneCall:
+    """Return the call that an example stands for; a tuple is one argument for each modality if the spec says so."""
+    several = spec is not None and not isinstance(spec.input_argument, (int, str))
+    images = tuple(example_input) if several else (example_input,)
+    return BackboneCall(images if example_mask is None else (*images, example_mask), {})
+
+
 @torch.no_grad()
-def example_heads(bound: BoundBackbone, call: BackboneCall) -> nn.ModuleDict:
+def example_heads(bound: BoundBackbone, call: BackboneCall) -> nn.ModuleList:
     """Build the heads that fit what the encoders put out for an example."""
     everything = torch.ones(bound.batch_of(call), len(bound.modalities), dtype=torch.bool)
     with torch.random.fork_rng():

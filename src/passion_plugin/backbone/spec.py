@@ -108,6 +108,18 @@ class BackboneSpec:
             problems.append(f"students={self.students!r} needs the names of the encoders")
         if self.students == "mixed" and self.absent is not None:
             problems.append("students='mixed' replays features of a zero input and cannot be combined with absent=")
+        if self.students == "replay" and self.mask_argument is None and self.call is None:
+            problems.append(
+                "students='replay' needs a mask that hides the replayed features of the other modalities, but "
+                "mask_argument is None; use 'mixed' or 'rerun'"
+            )
+        if self.stackable and (not self.mixed_masks or self.mask_format == "indices"):
+            problems.append("stackable=True needs a backbone that takes different masks in one batch")
+        for modality, names in self.encoders.items():
+            if not isinstance(names, str) and not (
+                isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+            ):
+                problems.append(f"encoders[{modality!r}] must be a module name or a sequence of them, got {names!r}")
         raise_problems(problems, what="BackboneSpec")
         encoders = {
             modality: (names,) if isinstance(names, str) else tuple(names) for modality, names in self.encoders.items()

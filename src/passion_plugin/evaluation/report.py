@@ -94,10 +94,10 @@ def heat_map(results: SubsetResults, metric: str, path: str | os.PathLike[str] |
     finite = [value for line in means for value in line if math.isfinite(value)] or [0.0]
     limits: dict[str, Any] = {"cmap": "viridis", "vmin": min(finite), "vmax": max(finite)}
     if metric.endswith(DIFFERENCE):
-        # Zero difference is the middle of the colours.
+        # Zero difference is the middle of the colours, and blue is better: more Dice, less distance.
         bound = max(abs(value) for value in finite) or 1.0
-        limits = {"cmap": "RdBu", "vmin": -bound, "vmax": bound}
-    width, height = 2.6 + 0.9 * len(results.targets), 1.0 + 0.32 * len(results.subsets)
+        limits = {"cmap": "RdBu" if scale != 1.0 else "RdBu_r", "vmin": -bound, "vmax": bound}
+    width, height = 3.2 + 0.9 * len(results.targets), 1.0 + 0.32 * len(results.subsets)
     figure: Figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(means, aspect="auto", **limits)
@@ -112,7 +112,7 @@ def heat_map(results: SubsetResults, metric: str, path: str | os.PathLike[str] |
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axes.set_xticks(range(len(results.targets)), results.targets)
     axes.set_yticks(range(len(results.subsets)), results.subsets)
-    axes.set_title(_title(results, metric), fontsize=10)
+    axes.set_title(_title(results, metric).replace(" in ", "\nin "), fontsize=10)
     figure.colorbar(image, ax=axes)
     if path is not None:
         figure.savefig(path, dpi=150)

@@ -102,11 +102,14 @@ def _similarity_maps(features: Tensor, weights: Tensor) -> Tensor:
     """Cosine (B, K, V) of features (B, C, *spatial) with prototypes made with ``weights`` (B, V, K)."""
     f = features.flatten(2)
     prototypes = torch.bmm(f, weights) / (weights.sum(1, keepdim=True) + _EPS)
-    # Norms divide the small operands: normalised features would be a second tensor of the features' size.
-    directions = prototypes / torch.linalg.vector_norm(prototypes, dim=1, keepdim=True).clamp(min=_EPS)
-    lengths = torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp(min=_EPS)
-    maps: Tensor = torch.bmm(directions.transpose(1, 2), f) / lengths
+    # Lengths divide the small operands: normalised features would be a second tensor of the features' size.
+    maps: Tensor = torch.bmm((prototypes / _length(prototypes)).transpose(1, 2), f) / _length(f)
     return maps
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Norm over axis 1, at least eps. Bounded before the root, whose second derivative at 0 is NaN."""
+    return vectors.square().sum(1, keepdim=True).clamp(min=_EPS**2).sqrt()
 
 
 def _mean_over_present(gap: Tensor, present: Tensor) -> Tensor:

@@ -139,6 +139,11 @@ def assert_batch_independent(
     if size < 2:
         raise ValueError("assert_batch_independent: pass at least two samples")
     together = outputs(loss(*tensors))
+    for value in together:
+        if value.ndim == 0 or len(value) != size:
+            raise AssertionError(
+                f"the loss has shape {tuple(value.shape)} instead of one value for each of {size} samples"
+            )
     for b in range(size):
         alone = outputs(loss(*(tensor[b : b + 1] for tensor in tensors)))
         rows = tuple(value[b : b + 1] for value in together)

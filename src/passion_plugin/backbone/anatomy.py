@@ -1,0 +1,83 @@
+"""What can be read off a network without running it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+__all__ = ["Anatomy", "anatomy"]
+
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Static properties.
+
+    Attributes:
+        normalisation: number of layers by class name.
+        batch_statistics: batch normalisation layers, whose statistics couple the samples in training.
+        no_running: those of them that use batch statistics in evaluation too.
+        dropout: number of dropout layers with a rate above zero.
+        frozen: names of parameters that do not require gradient.
+        shared: groups of names of one parameter.
+        in_place: modules that work in place.
+        wrappers: remarks on compiled, scripted and parallel modules.
+    """
+
+    normalisation: dict[str, int]
+    batch_statistics: int
+    no_running: int
+    dropout: int
+    frozen: tuple[str, ...]
+    shared: tuple[tuple[str, ...], ...]
+    in_place: tuple[str, ...]
+    wrappers: tuple[str, ...]
+
+
+def anatomy(backbone: nn.Module) -> Anatomy:
+    """Count and name what a student pass could disturb."""
+    modules = dict(backbone.named_modules())
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    batch = [module for module in modules.values() if isinstance(module, _BatchNorm)]
+    norms = [type(module).__name__ for module in modules.values() if isinstance(module, _NORMS)]
+    return Anatomy(
+        normalisation=dict(Counter(norms)),
+        batch_statistics=len(batch),
+        no_running=sum(layer.running_mean is None for layer in batch),
+        dropout=sum(isinstance(module, _DropoutNd) and module.p > 0 for module in modules.values()),
+        frozen=tuple(name for name, parameter in backbone.named_parameters() if not parameter.requires_grad),
+        shared=tuple(tuple(group) for group in names.values() if len(group) > 1),
+        in_place=tuple(name for name, module in modules.items() if vars(module).get("inplace") is True),
+        wrappers=tuple(_wrappers(modules)),
+    )
+
+
+def _wrappers(modules: dict[str, nn.Module]) -> list[str]:
+    remarks = []
+    for name, module in modules.items():
+        kind, where = type(module).__name__, repr(name) if name else "the backbone"
+        if isinstance(module, nn.DataParallel):
+            remarks.append(
+                f"{where} is a DataParallel, which is not supported: pass its .module, and use DDP"
+            )
+        elif kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            remarks.append(
+                f"{where} is a {kind}: wrap the bare network first, and put {kind} around the wrapper"
+            )
+        elif isinstance(module, torch.jit.ScriptModule):
+            remarks.append(
+                f"{where} is a ScriptModule, whose parts cannot be listened to: pass the Python module"
+            )
+            break
+        elif kind == "OptimizedModule":
+            remarks.append(f"{where} is compiled; recording and replaying will compile parts of it again")
+    return remarks

@@ -1,0 +1,246 @@
+"""Which way of letting one modality through is exact: every rung of the ladder compared with a true re-run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passion_plugin.backbone.checks import EFFECT, equality_tolerance, short
+from passion_plugin.backbone.probe import Probe, relative_difference
+from passion_plugin.backbone.sandbox import reseed
+from passion_plugin.backbone.spec import BackboneSpec
+from passion_plugin.backbone.training import gradient_difference, true_student
+from passion_plugin.errors import PassionError
+from passion_plugin.passes import Prediction, fused_pass, student_pass
+from passion_plugin.taps import Segment
+
+__all__ = ["Climb", "References", "climb", "references", "stacking_difference", "with_light_mode"]
+
+
+@dataclass
+class References:
+    """True runs with one modality alone: blanked input, one-hot mask, nothing replayed.
+
+    Attributes:
+        tables: masks (B, M) of fused passes whose students are compared.
+        alone: for every table and modality the prediction of the rows that have it.
+        finite: for each modality, whether logits and features are finite.
+        own: for each modality, relative change of the logits when its content changes.
+        failures: for each modality, the exception that its run raised.
+    """
+
+    tables: list[Tensor]
+    alone: list[dict[str, Prediction]] = field(default_factory=list)
+    finite: dict[str, bool] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        """Whether every modality alone gives a finite prediction that depends on it."""
+        return (
+            not self.failures and all(self.finite.values()) and all(own > EFFECT for own in self.own.values())
+        )
+
+
+@dataclass
+class Climb:
+    """The way up the ladder.
+
+    Attributes:
+        spec: with ``students`` decided, or None when no rung holds.
+        errors: relative difference from the true runs, by description of what was tried.
+        reasons: exceptions, by description of what was tried.
+    """
+
+    spec: BackboneSpec | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def references(probe: Probe, spec: BackboneSpec, *, mixed: bool) -> References:
+    """Run every modality alone.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: how to talk to it.
+        mixed: whether the samples of one batch may have different masks.
+    """
+    found = References(_tables(probe.batch, len(probe.modalities), mixed))
+    for table in found.tables:
+        found.alone.append({})
+        for segment in _segments(probe.modalities, table):
+            name, m = segment.modality, probe.modalities.index(segment.modality)
+            if name in found.failures or any(name in earlier for earlier in found.alone[:-1]):
+                continue
+            try:
+                alone = true_student(probe, spec, table, segment)
+                changed = true_student(probe, spec, table, segment, m)
+            except Exception as error:
+                found.failures[name] = short(error)
+                continue
+            found.finite[name] = all(bool(torch.isfinite(tensor).all()) for tensor in alone.tensors())
+            found.own[name] = relative_difference(changed.logits, alone.logits)
+            found.alone[-1][name] = alone
+    return found
+
+
+def climb(
+    probe: Probe,
+    spec: BackboneSpec,
+    truth: References,
+    alternatives: Sequence[Mapping[str, tuple[str, ...]]] = (),
+    *,
+    noisy: bool = False,
+) -> Climb:
+    """Return the first rung on which students equal the true runs.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: what is known; a spec whose ``students`` is decided is only checked.
+        truth: the true runs.
+        alternatives: other sets of encoder modules, to try when :attr:`BackboneSpec.encoders` cannot be replayed.
+        noisy: the backbone draws random numbers, so that students must start where the encoders ended.
+    """
+    result = Climb()
+    for what, candidate in _rungs(spec, alternatives):
+        for trial in (candidate, candidate.replaced(copy_features=True)):
+            label = f"{what}, features copied" if trial.copy_features else what
+            try:
+                error = _error(probe, trial, truth, noisy)
+            except Exception as failure:
+                result.reasons[label] = short(failure)
+                if not isinstance(failure, PassionError) or "copy_features" not in str(failure):
+                    break
+                continue
+            result.errors[label] = error
+            exact = error <= _tolerance(truth)
+            reason = _wrong_gradient(probe, trial, 10 * _tolerance(truth)) if exact and not noisy else ""
+            if reason:
+                result.reasons[label] = reason
+            elif exact:
+                result.spec = trial
+                return result
+            break
+    return result
+
+
+def stacking_difference(probe: Probe, spec: BackboneSpec) -> float:
+    """Return the relative difference between students in one stacked batch and one after the other."""
+    bound = probe.bind(spec)
+    presence = probe.presence()
+    segments = _segments(probe.modalities, presence)
+    reseed()
+    fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
+    stacked = student_pass(bound, fused, segments)
+    apart = [student_pass(bound, fused, [segment])[0] for segment in segments]
+    return max(_difference(a, b) for a, b in zip(stacked, apart, strict=True))
+
+
+def with_light_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
+    """Return the spec with ``is_training`` switched off for students, where that leaves the prediction as it is.
+
+    Most public multi-encoder networks compute their auxiliary outputs when an attribute of this name is set.
+    """
+    for owner, prefix in ((probe.backbone, ""), (getattr(probe.backbone, "_orig_mod", None), "_orig_mod.")):
+        if owner is None or not isinstance(vars(owner).get("is_training"), bool):
+            continue
+        light = spec.replaced(light={f"{prefix}is_training": False})
+        table = probe.presence()
+        segment = _segments(probe.modalities, table)[0]
+        try:
+            difference = _difference(
+                true_student(probe, light, table, segment), true_student(probe, spec, table, segment)
+            )
+        except Exception:
+            continue
+        if difference <= 1e-6:
+            return light
+    return spec
+
+
+def _tables(batch: int, count: int, mixed: bool) -> list[Tensor]:
+    """Return partial masks: together they show every modality in a row that lacks another one."""
+    everything = torch.ones(batch, count, dtype=torch.bool)
+    if count == 2:
+        table = everything.clone()
+        if mixed and batch > 1:
+            table[-1, -1] = False
+        return [table]
+    if mixed and batch > 1:
+        table = everything.clone()
+        for row in range(batch):
+            table[row, (row + 1) % count] = False
+        return [table]
+    without_last, without_first = everything.clone(), everything.clone()
+    without_last[:, -1] = False
+    without_first[:, 0] = False
+    return [without_last, without_first]
+
+
+def _segments(modalities: Sequence[str], table: Tensor) -> list[Segment]:
+    rows = [table[:, m].nonzero().flatten() for m in range(len(modalities))]
+    return [Segment(name, index) for name, index in zip(modalities, rows, strict=True) if len(index)]
+
+
+def _rungs(
+    spec: BackboneSpec, alternatives: Sequence[Mapping[str, tuple[str, ...]]]
+) -> Iterator[tuple[str, BackboneSpec]]:
+    if spec.students != "auto":
+        yield spec.students, spec
+        return
+    for encoders in (spec.encoders, *alternatives):
+        if encoders:
+            some = "" if encoders is spec.encoders else f" of {_listed(encoders)}"
+            yield f"replay{some}", spec.replaced(encoders=encoders, students="replay")
+            if spec.absent is None:
+                yield f"mixed replay{some}", spec.replaced(encoders=encoders, students="mixed")
+    yield "re-run", spec.replaced(students="rerun")
+    if spec.encoders:
+        yield "re-run without naming encoders", spec.replaced(encoders={}, students="rerun")
+
+
+def _error(probe: Probe, spec: BackboneSpec, truth: References, noisy: bool) -> float:
+    bound = probe.bind(spec)
+    worst = 0.0
+    for table, alone in zip(truth.tables, truth.alone, strict=True):
+        reseed()
+        keep = noisy and spec.students in ("replay", "mixed")
+        fused = fused_pass(bound, probe.arguments(probe.images(), table), table, keep_random_state=keep)
+        for segment in _segments(probe.modalities, table):
+            if segment.modality not in alone:
+                continue
+            reseed()
+            student = student_pass(bound, fused, [segment])[0]
+            worst = max(worst, _difference(student, alone[segment.modality]))
+            if worst > _tolerance(truth):
+                return worst
+    return worst
+
+
+def _wrong_gradient(probe: Probe, spec: BackboneSpec, tolerance: float) -> str:
+    """Say what is wrong with the gradient of the students, if anything is."""
+    try:
+        difference = gradient_difference(probe, spec)
+    except Exception as error:
+        return f"in backward: {short(error)}"
+    return "" if difference <= tolerance else f"gradients differ from those of true runs by {difference:.1e}"
+
+
+def _difference(student: Prediction, reference: Prediction) -> float:
+    pairs = zip(student.tensors(), reference.tensors(), strict=True)
+    return max(relative_difference(value, wanted) for value, wanted in pairs)
+
+
+def _tolerance(truth: References) -> float:
+    logits = [prediction.logits for alone in truth.alone for prediction in alone.values()]
+    return equality_tolerance(logits[0]) if logits else 0.0
+
+
+def _listed(encoders: Mapping[str, Any]) -> str:
+    names = [name for group in encoders.values() for name in group]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

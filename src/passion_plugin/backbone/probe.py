@@ -1,0 +1,255 @@
+"""Asking a backbone questions: one call, repeated with other images, other masks, other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument
+from passion_plugin.backbone.inputs import batch_size, blank, join, split
+from passion_plugin.backbone.masks import MaskCodec, codec_for
+from passion_plugin.backbone.sandbox import reseed
+from passion_plugin.backbone.spec import BackboneSpec
+from passion_plugin.errors import BackboneError
+from passion_plugin.taps import Handler, overridden_forward
+
+__all__ = ["Interface", "Probe", "prediction_of", "relative_difference"]
+
+PREDICTION_KEYS = ("logits", "out", "seg", "pred", "prediction", "output")
+"""Where a network that returns a dictionary is expected to keep its prediction."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The part of a spec that says how the backbone is called; what detection needs before there is a spec."""
+
+    input_argument: int | str | Sequence[int | str] = 0
+    mask_argument: int | str | None = 1
+    mask_format: str | MaskCodec = "bool"
+    mask_meaning: str = "present"
+    mask_columns: Sequence[str] | None = None
+    absent: Callable[[Any, Tensor], Any] | None = None
+    call: Callable[[nn.Module, Any, Tensor], Any] | None = None
+    light_arguments: Mapping[str, Any] | None = None
+
+
+def prediction_of(raw: Any) -> Tensor:
+    """Return the fused prediction out of whatever a backbone returned.
+
+    The first tensor (B, K, *spatial) in it; in a dictionary the entry called like a prediction, if any.
+
+    Raises:
+        BackboneError: there is none.
+    """
+    if isinstance(raw, Mapping):
+        named = [raw[key] for key in PREDICTION_KEYS if key in raw]
+        if named:
+            return prediction_of(named[0])
+    found = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
+    floating = [leaf for leaf in found if leaf.is_floating_point()]
+    if floating:
+        return floating[0]
+    if found:
+        raise BackboneError(
+            f"the backbone returns {found[0].dtype} {tuple(found[0].shape)}: labels, not logits or probabilities, "
+            f"so that nothing can be distilled. Let it return what its last layer gives"
+        )
+    raise BackboneError(
+        f"the backbone returns {type(raw).__name__} without a tensor (batch, classes, *spatial) in it: is it a "
+        f"segmentation network?"
+    )
+
+
+def relative_difference(value: Tensor, reference: Tensor) -> float:
+    """Return ``max |value - reference| / max |reference|``; infinite when shapes differ or values are not finite."""
+    if value.shape != reference.shape:
+        return float("inf")
+    value, reference = value.double(), reference.double()
+    scale = float(reference.abs().max())
+    difference = float((value - reference).abs().max())
+    if difference == 0:
+        return 0.0
+    ratio = difference / max(scale, 1e-30)
+    return ratio if ratio == ratio else float("inf")
+
+
+class Probe:
+    """A backbone with one call of it as template, run on noise from the same random state every time.
+
+    Noise instead of the user's images: the channels of a missing modality are blank there.
+
+    Args:
+        backbone: the module.
+        call: arguments of a call as its user makes it.
+        modalities: names.
+        interface: how it is called.
+        forward: what to run when that is not the backbone itself. It takes ``(images, bool mask)``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        call: BackboneCall,
+        modalities: Sequence[str],
+        interface: Interface,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.modalities = tuple(modalities)
+        self.interface = interface
+        self.forward = forward
+        self._call = call
+        keys = interface.input_argument
+        self._several = not isinstance(keys, (int, str))
+        self._inputs = [locate_argument(backbone, key) for key in (keys if self._several else (keys,))]  # type: ignore[union-attr, list-item]
+        mask = interface.mask_argument
+        self._mask: Argument | None = None if mask is None else locate_argument(backbone, mask)
+        self.codec = self._codec()
+        self._size = batch_size(self.example)
+        self.index = torch.arange(min(self._size, 2))
+        self._contents = self._noise(1), self._noise(2)
+
+    @property
+    def example(self) -> Any:
+        """The images of the template call."""
+        values = tuple(self._call.get(argument) for argument in self._inputs)
+        return values if self._several else values[0]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows that are run: two, or one where a batch of two is not possible."""
+        return len(self.index)
+
+    def resize(self, batch: int) -> None:
+        """Run on ``batch`` rows from now on; rows of the example are repeated when there are fewer."""
+        self.index = torch.arange(batch) % self._size
+        self._contents = self._noise(1), self._noise(2)
+
+    def reinterpret(self, interface: Interface) -> None:
+        """Call the backbone in another way from now on."""
+        self.interface = interface
+        self.codec = self._codec()
+
+    def presence(self, *modalities: int) -> Tensor:
+        """Return a mask (B, M) in which the modalities with these numbers are present, all when none is given."""
+        keep = torch.zeros(self.batch, len(self.modalities), dtype=torch.bool)
+        keep[:, list(modalities) or slice(None)] = True
+        return keep
+
+    def images(self, *changed: int) -> Any:
+        """Return noise images in which the content of the modalities with these numbers is other noise."""
+        base, other = self._contents
+        if not changed:
+            return tree_map(_copied, base)
+        if self.interface.absent is None:
+            pairs = zip(split(base, self.modalities), split(other, self.modalities), strict=True)
+            parts = [(new if m in changed else old).clone() for m, (old, new) in enumerate(pairs)]
+            return join(parts, base, self.modalities)
+        # The user's own idea of "absent" also says which entries belong to a modality: those it changes.
+        keep = self.presence()
+        keep[:, list(changed)] = False
+        hidden = self.interface.absent(tree_map(_copied, base), keep)
+        return tree_map(lambda old, gone, new: torch.where(old != gone, new, old), base, hidden, other)
+
+    def neighbours(self) -> Any:
+        """Return noise images in which every row but the first is other noise."""
+
+        def second(old: Any, new: Any) -> Any:
+            return torch.cat([old[:1], new[1:]]) if isinstance(old, Tensor) and old.ndim >= 2 else old
+
+        return tree_map(second, *self._contents)
+
+    def blanked(self, x: Any, keep: Tensor) -> Any:
+        """Return images without what is not kept."""
+        absent = self.interface.absent
+        return absent(x, keep) if absent and not bool(keep.all()) else blank(x, keep, self.modalities)
+
+    def arguments(self, x: Any, keep: Tensor, rows: Tensor | None = None) -> BackboneCall:
+        """Return the call as a user would make it, for some rows of ``x`` and ``keep``."""
+        index = self.index if rows is None else self.index[rows]
+        call = self._call.rows(index, self._size, whole=() if self._mask is None else (self._mask,))
+        if rows is not None:
+            x, keep = (
+                tree_map(lambda leaf: leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, x),
+                keep[rows],
+            )
+        for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
+            call = call.replaced(argument, value)
+        if self._mask is not None:
+            call = call.replaced(self._mask, self.codec.encode(keep.to(_device(x))))
+        return call
+
+    def run(
+        self,
+        x: Any,
+        keep: Tensor,
+        *,
+        rows: Tensor | None = None,
+        handlers: Mapping[nn.Module, Handler] | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """Run the backbone on images that are not blanked, from a fixed random state; return its raw output."""
+        call = self.arguments(x, keep, rows)
+        reseed(seed)
+        with overridden_forward(handlers or {}):
+            if self.interface.call is not None:
+                values = tuple(call.get(argument) for argument in self._inputs)
+                keep = keep if rows is None else keep[rows]
+                images = values if self._several else values[0]
+                return self.interface.call(self.backbone, images, keep.to(_device(images)))
+            return (self.forward or self.backbone)(*call.args, **call.kwargs)
+
+    def predict(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> Tensor:
+        """Like :meth:`run`, and return the prediction in it."""
+        return prediction_of(self.run(x, keep, rows=rows, seed=seed))
+
+    def bind(self, spec: BackboneSpec) -> BoundBackbone:
+        """Return the backbone bound to a spec, to be called like the template."""
+        if self.forward is not None:
+            spec = spec.replaced(
+                input_argument=0,
+                mask_argument=1,
+                mask_format="bool",
+                mask_meaning="present",
+                mask_columns=None,
+                call=None,
+            )
+        return BoundBackbone(self.backbone, spec, self.modalities, self.forward)
+
+    def _codec(self) -> MaskCodec:
+        how = self.interface
+        if isinstance(how.mask_format, MaskCodec):
+            return how.mask_format
+        return codec_for(how.mask_format, how.mask_meaning, how.mask_columns, self.modalities)
+
+    def _noise(self, seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim < 2:
+                return leaf
+            known = leaf.detach().double()
+            known = known[torch.isfinite(known)]
+            spread = float(known.std()) if known.numel() > 1 else 0.0
+            mean = float(known.mean()) if spread > 0 else 0.0
+            drawn = torch.randn((self.batch, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
+            return (drawn * (spread or 1.0) + mean).to(leaf.device, leaf.dtype)
+
+        if self.interface.absent is not None:
+            return tree_map(noise, self.example)
+        parts = [noise(part) for part in split(self.example, self.modalities)]
+        return join(parts, self.example, self.modalities)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _device(x: Any) -> torch.device:
+    return next((leaf.device for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), torch.device("cpu"))

@@ -1,0 +1,130 @@
+"""Running somebody else's network to learn about it, and leaving no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from passion_plugin.taps import random_state, set_random_state
+
+__all__ = ["lazy_parameters", "reseed", "sandbox"]
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+def reseed(seed: int = 0) -> None:
+    """Set every generator that a network may draw from to the same state.
+
+    Unlike ``torch.manual_seed`` this does nothing to a CUDA that has not been started yet: a seed queued for
+    it would outlive the sandbox.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def lazy_parameters(backbone: nn.Module) -> list[str]:
+    """Return the names of parameters and buffers that get their shape in the first forward pass."""
+    named = [*backbone.named_parameters(), *backbone.named_buffers()]
+    return [name for name, tensor in named if is_lazy(tensor)]
+
+
+@contextmanager
+def sandbox(backbone: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient, autocast or compilation; afterwards everything is as it was.
+
+    Put back, also after an exception: training flags, parameters, buffers, plain attributes of every module
+    (networks keep features, masks and counters on themselves), the contents of lists and dictionaries found
+    there, and the random state of torch, NumPy and Python.
+
+    Args:
+        backbone: the network; lazy parameters must have their shapes already.
+    """
+    state = _Snapshot(backbone)
+    before = random_state(), random.getstate(), np.random.get_state()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for kind in {"cpu", *(parameter.device.type for parameter in backbone.parameters())} - {"meta"}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.cuda.is_initialized():
+                # Faster algorithms that round differently from one call to the next would look like effects.
+                stack.enter_context(
+                    torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+                )
+            if hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            backbone.eval()
+            yield
+    finally:
+        state.restore()
+        set_random_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
+class _Snapshot:
+    """Contents of all attribute dictionaries, containers and tensors that hang on a module."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, Tensor]] = []
+        seen: set[int] = set()
+        waiting: list[Any] = [backbone]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, nn.Module):
+                waiting.append(value.__dict__)
+            elif isinstance(value, Tensor):
+                if not is_lazy(value) and not value.is_inference() and value.device.type != "meta":
+                    self.tensors.append((value, value.detach().clone()))
+            elif type(value) in _CONTAINERS:
+                self.containers.append((value, copy.copy(value)))
+                waiting += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, tuple):
+                waiting += value
+
+    def restore(self) -> None:
+        for container, kept in self.containers:
+            if not _same_items(container, kept):
+                container.clear()
+                container.extend(kept) if isinstance(container, list) else container.update(kept)
+        with torch.no_grad():
+            for tensor, kept in self.tensors:
+                # Written only where something changed: a write would invalidate graphs that the user holds.
+                if not _same_values(tensor, kept):
+                    tensor.copy_(kept)
+
+
+def _same_items(container: Any, kept: Any) -> bool:
+    if len(container) != len(kept):
+        return False
+    if isinstance(container, dict):
+        pairs = zip(container.items(), kept.items(), strict=True)
+        return all(a is c and b is d for (a, b), (c, d) in pairs)
+    if isinstance(container, set):
+        return {id(item) for item in container} == {id(item) for item in kept}
+    return all(a is b for a, b in zip(container, kept, strict=True))
+
+
+def _same_values(tensor: Tensor, kept: Tensor) -> bool:
+    if tensor.shape != kept.shape or tensor.dtype != kept.dtype or tensor.device != kept.device:
+        return False
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(torch.allclose(tensor, kept, rtol=0, atol=0, equal_nan=True))
+    return torch.equal(tensor, kept)

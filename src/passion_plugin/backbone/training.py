@@ -1,0 +1,208 @@
+"""What only passes with gradient show: encoders that are cut off, checkpointing, a student in training mode."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from passion_plugin.backbone.probe import Probe, prediction_of
+from passion_plugin.backbone.sandbox import reseed
+from passion_plugin.backbone.spec import BackboneSpec
+from passion_plugin.errors import BackboneError
+from passion_plugin.passes import FusedPass, Prediction, fused_pass, student_pass
+from passion_plugin.taps import FeatureRecord, Handler, Segment, overridden_forward
+
+__all__ = ["GradientPaths", "gradient_difference", "gradient_paths", "training_problems", "true_student"]
+
+
+@dataclass
+class GradientPaths:
+    """Where gradient does not go.
+
+    Attributes:
+        cut: encoder modules whose output carries no gradient although they could learn.
+        reentrant: modules that run under reentrant activation checkpointing.
+        failure: the exception of a pass in training mode.
+    """
+
+    cut: list[str] = field(default_factory=list)
+    reentrant: list[str] = field(default_factory=list)
+    failure: str = ""
+
+
+def gradient_paths(probe: Probe, spec: BackboneSpec) -> GradientPaths:
+    """Run the backbone in training mode with gradient, and look at what its encoders and classifier put out.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: with encoders and classifier.
+    """
+    found = GradientPaths()
+    # Bound as a re-run: a record without gradient is to be understood here, not to raise.
+    bound = probe.bind(spec.replaced(students="rerun"))
+    names = {module: name for module, name in _named(bound.encoders, spec)}
+    assert bound.classifier is not None
+    without = []
+
+    def listen(module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            without.append(module)
+        return forward(*args, **kwargs)
+
+    handlers = {module: functools.partial(listen, module) for module in (*names, bound.classifier)}
+    presence = probe.presence()
+    try:
+        with torch.enable_grad(), overridden_forward(handlers):
+            probe.backbone.train()
+            reseed()
+            fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
+    except BackboneError:
+        raise
+    except Exception as error:
+        found.failure = f"{type(error).__name__}: {error}"
+        return found
+    finally:
+        probe.backbone.eval()
+    outputs = [fused.prediction.logits, prediction_of(fused.raw)]
+    if without and any(_passes_checkpoint(output) for output in outputs):
+        names.setdefault(bound.classifier, spec.classifier)
+        found.reentrant = list(dict.fromkeys(names[module] for module in without))
+        return found
+    for module, name in _named(bound.encoders, spec):
+        leaves = tree_leaves(fused.record.outputs[module])
+        floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        learns = any(parameter.requires_grad for parameter in module.parameters())
+        if learns and floating and not any(leaf.requires_grad for leaf in floating):
+            found.cut.append(name)
+    return found
+
+
+def training_problems(probe: Probe, spec: BackboneSpec) -> tuple[list[str], list[str]]:
+    """Run a fused pass and every student once in training mode with gradient.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: with ``students`` decided.
+
+    Returns:
+        Problems and warnings.
+    """
+    bound = probe.bind(spec)
+    presence = probe.presence()
+    rows = torch.arange(probe.batch)
+    try:
+        with torch.enable_grad():
+            probe.backbone.train()
+            reseed()
+            fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
+            if not any(parameter.requires_grad for parameter in probe.backbone.parameters()):
+                return [], ["no parameter requires gradient: there is nothing to train"]
+            if spec.students != "heads":
+                student_pass(bound, fused, [Segment(probe.modalities[0], rows)])
+    except BackboneError as error:
+        return [f"in training mode: {error}"], []
+    except Exception as error:
+        return [], [f"a pass in training mode raised {type(error).__name__}: {error}"]
+    finally:
+        probe.backbone.eval()
+    return [], []
+
+
+def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
+    """Return the largest relative difference between the gradient of a student and that of a true run.
+
+    Equal outputs are not enough: a checkpointed encoder runs again in backward, when nothing is replayed any
+    more. Students of a single row, so that features have to be selected.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: with ``students`` decided.
+    """
+    bound = probe.bind(spec)
+    presence, row = probe.presence(), torch.tensor([probe.batch - 1])
+    owners = {
+        id(parameter): name
+        for name, modules in bound.encoders.items()
+        for module in modules
+        for parameter in module.parameters()
+    }
+    worst = 0.0
+    with torch.enable_grad():
+        reseed()
+        fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
+        for modality in probe.modalities:
+            parameters = [
+                parameter
+                for parameter in probe.backbone.parameters()
+                if parameter.requires_grad and owners.get(id(parameter), modality) == modality
+            ]
+            segment = Segment(modality, row)
+            reference = true_student(probe, spec, presence, segment).logits
+            if not parameters or not reference.requires_grad:
+                continue
+            reseed()
+            student = student_pass(bound, fused, [segment])[0].logits
+            wanted, got = _gradient(reference, parameters), _gradient(student, parameters)
+            worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp(min=1e-30)))
+    return worst
+
+
+def true_student(
+    probe: Probe, spec: BackboneSpec, presence: Tensor, segment: Segment, *changed: int
+) -> Prediction:
+    """Return what a student should give: everything runs, on a blanked input with a one-hot mask.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: how to talk to it.
+        presence: bool (B, M) of the call.
+        segment: modality and rows.
+        *changed: numbers of modalities that get other content.
+    """
+    bound = probe.bind(spec.replaced(encoders={}, students="rerun"))
+    call = probe.arguments(probe.images(*changed), presence)
+    nobody = Prediction(torch.empty(0), torch.empty(0))
+    reseed()
+    fused = FusedPass(call, len(presence), None, nobody, FeatureRecord({}), None)
+    return student_pass(bound, fused, [segment])[0]
+
+
+def _gradient(logits: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+    found = torch.autograd.grad(
+        logits, parameters, grad_outputs=weights, allow_unused=True, retain_graph=True
+    )
+    flat = [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
+    return torch.cat([gradient.flatten().double() for gradient in flat])
+
+
+def _named(encoders: dict[str, tuple[nn.Module, ...]], spec: BackboneSpec) -> list[tuple[nn.Module, str]]:
+    return [
+        pair
+        for modality, modules in encoders.items()
+        for pair in zip(modules, spec.encoders[modality], strict=True)
+    ]
+
+
+def _passes_checkpoint(tensor: Tensor) -> bool:
+    """Whether the graph behind a tensor passes through reentrant activation checkpointing."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            return True
+        waiting += [parent for parent, _ in node.next_functions]
+    return False

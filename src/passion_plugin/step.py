@@ -1,0 +1,136 @@
+"""One training step: what a forward leaves behind, and the terms that come of it once the target is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.backbone.calls import BackboneCall
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import BackboneError, UsageError
+from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
+from passion_plugin.passes import Prediction, fused_pass
+from passion_plugin.preference import PreferenceEstimator
+from passion_plugin.students import Student, active_students, run_students
+from passion_plugin.targets import prepare_target
+
+__all__ = ["TrainingStep"]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A forward in training mode that waits for its target.
+
+    Attributes:
+        bound: the backbone.
+        raw: what the backbone returned.
+        teacher: the fused prediction, without gradient.
+        version: of the teacher's logits, to notice an in-place change by the user.
+        students: predictions that saw one modality.
+        presence: bool (B, M) on the CPU.
+        active: bool (B, M) on the CPU, where a student ran.
+        image_size: spatial size of the images, None when unknown.
+    """
+
+    bound: BoundBackbone
+    raw: Any
+    teacher: Prediction
+    version: int
+    students: list[Student]
+    presence: Tensor
+    active: Tensor
+    image_size: tuple[int, ...] | None
+
+    @classmethod
+    def run(
+        cls,
+        bound: BoundBackbone,
+        call: BackboneCall,
+        presence: Tensor | None,
+        config: PassionConfig,
+        heads: nn.ModuleList,
+    ) -> TrainingStep:
+        """Run the fused pass and every student that the batch needs.
+
+        Args:
+            bound: the backbone.
+            call: the user's arguments.
+            presence: bool (B, M), what may be looked at; None: what the mask of the call lets through.
+            config: hyper-parameters.
+            heads: students for a backbone that cannot let a single modality through.
+
+        Raises:
+            InputError: the batch is not usable.
+        """
+        available = bound.availability(call, presence)
+        bound.check_finite(call, available)
+        fused = fused_pass(bound, call, available, keep_random_state=config.share_random_state)
+        active = active_students(available)
+        students = run_students(bound, fused, active, config, heads)
+        logits = fused.prediction.logits
+        return cls(
+            bound=bound,
+            raw=fused.raw,
+            teacher=fused.prediction.detached(),
+            version=logits._version,
+            students=students,
+            presence=available,
+            active=active,
+            image_size=bound.image_size(call),
+        )
+
+    def terms(self, target: Tensor, config: PassionConfig, preference: PreferenceEstimator) -> LossTerms:
+        """Compare students with their teacher and with the target.
+
+        Args:
+            target: as the user has it.
+            config: hyper-parameters.
+            preference: decides the gate; not updated.
+
+        Raises:
+            UsageError: the prediction was changed in place since the forward.
+            InputError: the target has the wrong shape, dtype or content.
+        """
+        logits, spec = self.teacher.logits, self.bound.spec
+        if logits._version != self.version:
+            raise UsageError(
+                "the prediction was changed in place between forward and passion_loss, and the teacher with it; "
+                "use an out-of-place operation on what forward returned"
+            )
+        labels = prepare_target(target, logits, spec.outputs, self.image_size)
+        labels = labels.to(logits.device)
+        presence, active = self.presence.to(logits.device), self.active.to(logits.device)
+        modalities = self.bound.modalities
+        matrices = collect_terms(self.teacher, self.students, labels, modalities, config, spec.outputs)
+        supervised = active
+        own = self._own_unimodal(config)
+        if own is not None:
+            columns = [unimodal_loss(_log(probability), labels, config, spec.outputs) for probability in own]
+            matrices["unimodal"] = torch.where(presence, torch.stack(columns, dim=1), 0)
+            supervised = presence
+        gate = preference.gate(matrices["distance"], presence) & active
+        return LossTerms(modalities, **matrices, gate=gate, active=active, supervised=supervised)
+
+    def _own_unimodal(self, config: PassionConfig) -> Sequence[Tensor] | None:
+        """Return what a separate uni-modal decoder of the backbone predicted; only official mode uses it."""
+        pick = self.bound.spec.unimodal_outputs
+        if pick is None or config.mode != "official":
+            return None
+        predictions = pick(self.raw)
+        if predictions is not None and len(predictions) != len(self.bound.modalities):
+            raise BackboneError(
+                f"BackboneSpec.unimodal_outputs gave {len(predictions)} predictions for the modalities "
+                f"{self.bound.modalities}; it must give one for each, in this order"
+            )
+        return predictions
+
+
+def _log(probability: Tensor) -> Tensor:
+    """Turn probabilities into logits of the same softmax."""
+    dtype = torch.promote_types(probability.dtype, torch.float32)
+    return probability.to(dtype).clamp(min=torch.finfo(dtype).tiny).log()

@@ -1,0 +1,361 @@
+"""The reference networks, the data of the examples and the demo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from examples import demo, three_lines
+from examples.backbones import BACKBONES
+from examples.backbones.blocks import keep_present
+from examples.backbones.uhemis_like import mean_and_variance
+from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort
+from passion_plugin import PassionConfig, PassionWrapper
+
+NAMES = ("ct", "pet", "t1")
+SUBSETS = [[True, False, False], [False, True, True], [True, True, True]]
+
+
+def network(name: str, ndim: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = BACKBONES[name](NAMES, num_classes=3, ndim=ndim, widths=(4, 4, 8, 8))
+    if name == "rfnet":
+        model.is_training = True
+    return model
+
+
+def tensors(output: object) -> list[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else [t for part in output for t in tensors(part)]
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("name", BACKBONES)
+class TestBackbone:
+    def test_logits_have_the_shape_of_the_input_at_any_multiple_of_8(self, name: str, ndim: int) -> None:
+        model = network(name, ndim)
+        for shape in ((16,) * ndim, (24, 16, 32)[:ndim]):
+            logits = tensors(model(torch.randn(2, 3, *shape), torch.ones(2, 3, dtype=torch.bool)))[0]
+            assert logits.shape == (2, 3, *shape)
+
+    def test_content_of_an_absent_modality_changes_nothing_bit_for_bit(self, name: str, ndim: int) -> None:
+        model = network(name, ndim)
+        mask = torch.tensor(SUBSETS[:2])
+        x = torch.randn(2, 3, *[16] * ndim)
+        outputs = []
+        for garbage in (0.0, 7.0, math.nan, math.inf):
+            filled = x.clone()
+            filled[~mask] = garbage
+            outputs.append(tensors(model(filled, mask)))
+        for other in outputs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
+
+    def test_a_present_modality_changes_the_output(self, name: str, ndim: int) -> None:
+        model = network(name, ndim)
+        x = torch.randn(1, 3, *[16] * ndim)
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        before = tensors(model(x, mask))[0]
+        for m in range(3):
+            changed = x.clone()
+            changed[:, m] = torch.randn_like(changed[:, m])
+            assert not torch.allclose(tensors(model(changed, mask))[0], before)
+
+    def test_every_subset_gives_finite_logits_and_a_different_prediction(self, name: str, ndim: int) -> None:
+        model = network(name, ndim)
+        x = torch.randn(1, 3, *[16] * ndim).expand(7, -1, *[-1] * ndim)
+        masks = torch.tensor([[bool(i & 1), bool(i & 2), bool(i & 4)] for i in range(1, 8)])
+        logits = tensors(model(x, masks))[0]
+        assert torch.isfinite(logits).all()
+        for i in range(7):
+            for j in range(i):
+                assert not torch.allclose(logits[i], logits[j])
+
+    def test_a_batch_of_mixed_masks_equals_one_by_one(self, name: str, ndim: int) -> None:
+        model = network(name, ndim).double()
+        x, masks = torch.randn(3, 3, *[16] * ndim, dtype=torch.float64), torch.tensor(SUBSETS)
+        together = tensors(model(x, masks))[0]
+        alone = [tensors(model(x[b : b + 1], masks[b : b + 1]))[0] for b in range(3)]
+        torch.testing.assert_close(together, torch.cat(alone))
+
+    def test_gradient_reaches_the_encoders_of_present_modalities_and_no_other(
+        self, name: str, ndim: int
+    ) -> None:
+        model = network(name, ndim)
+        if name == "rfnet":
+            model.is_training = False
+        x, mask = torch.randn(1, 3, *[16] * ndim), torch.tensor([[True, False, True]])
+        x[~mask] = math.nan
+        logits = model(x, mask)
+        (logits * torch.randn_like(logits)).sum().backward()
+        for modality, present in zip(NAMES, mask[0].tolist(), strict=True):
+            gradients = [p.grad for p in model.encoders[modality].parameters() if p.grad is not None]
+            norm = sum(float(g.abs().sum()) for g in gradients)
+            assert norm > 0 if present else norm == 0
+
+    def test_it_is_small(self, name: str, ndim: int) -> None:
+        model = BACKBONES[name](num_classes=4, ndim=ndim)
+        assert 30_000 < sum(p.numel() for p in model.parameters()) < 450_000
+
+
+def test_rfnet_returns_auxiliary_outputs_only_while_is_training() -> None:
+    model = network("rfnet")
+    x, mask = torch.randn(2, 3, 32, 32), torch.tensor(SUBSETS[:2])
+    logits, unimodal, coarse = model(x, mask)
+    assert [tuple(t.shape) for t in unimodal] == [(2, 3, 32, 32)] * 3
+    assert [tuple(t.shape) for t in coarse] == [(2, 3, s, s) for s in (32, 16, 8, 4)]
+    model.is_training = False
+    assert torch.equal(model(x, mask), logits)
+
+
+def test_mean_and_variance_by_hand_and_zero_variance_of_one_modality() -> None:
+    stack = torch.tensor([[[1.0], [5.0], [9.0]], [[2.0], [8.0], [3.0]]])
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    moments = mean_and_variance(keep_present(stack, mask), mask)
+    assert moments.tolist() == [[5.0, 16.0], [8.0, 0.0]]
+
+
+def test_padding_is_at_the_end_and_never_crops() -> None:
+    x = torch.ones(2, 3, 5)
+    padded = pad_to(x, (4, 4))
+    assert padded.shape == (2, 4, 5)
+    assert torch.equal(padded[:, :3], x)
+    assert padded[:, 3].abs().sum() == 0
+
+
+class TestPatches:
+    def cases(self) -> Cases:
+        def read(name: str) -> tuple[np.ndarray, np.ndarray]:
+            label = np.zeros((20, 12, 24), dtype=np.int64)
+            label[15:18, 8:10, 20:22] = 1
+            return np.stack([label, label + 10.0]).astype(np.float32), label
+
+        return Cases(["a", "b", "c"], read)
+
+    def test_image_and_label_stay_together(self) -> None:
+        patches = RandomPatches(self.cases(), (16, 16, 16), 12, seed=1)
+        found = 0
+        for i in range(12):
+            item = patches[i]
+            assert item["image"].shape == (2, 16, 16, 16)
+            assert item["label"].shape == (16, 16, 16)
+            assert torch.equal(item["image"][0], item["label"].float())
+            found += int(item["label"].any())
+        assert found >= 6
+
+    def test_same_seed_same_patches_other_seed_other_patches(self) -> None:
+        one, two, three = (RandomPatches(self.cases(), (8, 8, 8), 6, seed=seed) for seed in (1, 1, 2))
+        same = [torch.equal(one[i]["image"], two[i]["image"]) for i in range(6)]
+        other = [torch.equal(one[i]["image"], three[i]["image"]) for i in range(6)]
+        assert all(same)
+        assert not all(other)
+
+    def test_every_epoch_draws_every_patient_once(self) -> None:
+        patches = RandomPatches(self.cases(), (8, 8, 8), 9)
+        drawn = [patches[i]["id"] for i in range(9)]
+        assert [sorted(drawn[k : k + 3]) for k in (0, 3, 6)] == [["a", "b", "c"]] * 3
+
+    def test_iteration_ends(self) -> None:
+        with pytest.raises(IndexError):
+            RandomPatches(self.cases(), (8, 8, 8), 2)[2]
+
+
+def test_phantom_cohort_shares_no_patient_between_training_and_test() -> None:
+    cohorts = [phantom_cohort(seed, 3, 2, 16) for seed in (0, 1)]
+    ids = [name for cohort in cohorts for part in (cohort.train, cohort.test) for name in part.ids]
+    assert len(set(ids)) == len(ids) == 10
+
+
+def test_a_wrong_data_argument_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"index\.json.*neither"):
+        load_cohort(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_cohort(str(tmp_path / "nowhere"))
+
+
+def fake_sts(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    subjects = {f"sts_{i:03d}": {"fold": i % 2} for i in range(4)}
+    (folder / "index.json").write_text(json.dumps({"subjects": subjects}))
+    for name in subjects:
+        gtv = np.zeros((20, 13, 18), dtype=np.uint8)
+        gtv[5:9, 4:8, 6:12] = 1
+        arrays = {key: rng.integers(0, 256, gtv.shape).astype(np.uint8) for key in ("ct", "pet", "t1")}
+        arrays["t1"][:5] = 0
+        np.savez(folder / f"{name}.npz", gtv=gtv, mtv=gtv, **arrays)
+
+
+def test_sts_folder_is_decoded_as_documented(tmp_path: Path) -> None:
+    fake_sts(tmp_path)
+    cohort = load_cohort(str(tmp_path), fold=1)
+    assert cohort.test.ids == ["sts_001", "sts_003"]
+    assert cohort.train.ids == ["sts_000", "sts_002"]
+    item = cohort.train[0]
+    assert item["image"].shape == (3, 24, 16, 24)
+    with np.load(tmp_path / "sts_000.npz") as file:
+        ct, pet = file["ct"].astype(float), file["pet"].astype(float)
+        assert np.allclose(item["image"][0, :20, :13, :18] * 100, 2 * ct - 200, atol=1e-3)
+        suv = (item["image"][1, :20, :13, :18].double() + 1) ** 2
+        assert np.allclose(suv, 30 * (pet / 255) ** 2, atol=1e-3)
+        assert np.array_equal(item["label"][:20, :13, :18], file["gtv"])
+    assert item["image"][2, :5].abs().sum() == 0
+    with pytest.raises(ValueError, match="fold 7"):
+        sts_cohort(tmp_path, 7)
+
+
+@pytest.mark.data
+def test_real_folders_can_be_read() -> None:
+    if "PASSION_DATA" not in os.environ:
+        pytest.skip("PASSION_DATA is not set: the real patients are not part of the repository")
+    folder = Path(os.environ["PASSION_DATA"])
+    sts = sts_cohort(folder / "sts", 0)
+    ms4 = ms4_cohort(folder / "ms4")
+    assert len(sts.train.ids) + len(sts.test.ids) == 35
+    assert len(ms4.train.ids) == 2
+    for cohort in (sts, ms4):
+        item = cohort.test[0]
+        assert item["image"].shape == (len(cohort.modalities), *item["label"].shape)
+        assert torch.isfinite(item["image"]).all()
+        assert item["label"].unique().tolist() == [0, 1]
+        assert all(size % 8 == 0 for size in item["label"].shape)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, demo.Run]:
+    return demo.main(["--smoke", "--out", str(folder)])
+
+
+class TestDemo:
+    def test_it_leaves_every_file(self, runs: dict[str, demo.Run], folder: Path) -> None:
+        expected = {
+            *("table.md", "results.csv", "plain.csv", "passion.csv", "run.json"),
+            *("preference.png", "heatmap.png", "overlays.png"),
+        }
+        assert {path.name for path in folder.iterdir()} == expected
+        for path in folder.glob("*.png"):
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_the_table_has_every_subset_and_both_runs(self, runs: dict[str, demo.Run], folder: Path) -> None:
+        text = (folder / "table.md").read_text()
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        subsets = [line[0] for line in lines if len(line) == 5][2:]
+        assert len(runs["plain"].results.subsets) == 15
+        assert subsets == [
+            *runs["plain"].results.subsets,
+            *(f"contains {name}" for name in ("flair", "t1ce", "t1", "t2")),
+            "all subsets",
+        ]
+
+    def test_the_summary_is_the_difference_of_the_scores(
+        self, runs: dict[str, demo.Run], folder: Path
+    ) -> None:
+        with (folder / "results.csv").open() as file:
+            rows = {(row["subset"], row["target"]): row for row in csv.DictReader(file)}
+        plain, passion = runs["plain"].results, runs["PASSION"].results
+        row = rows["flair+t2", "WT"]
+        assert float(row["plain_mean"]) == pytest.approx(100 * plain.mean(subsets="flair+t2", targets="WT"))
+        expected = 100 * (passion.mean(subsets="t2") - plain.mean(subsets="t2"))
+        assert float(rows["t2", "mean"]["difference_mean"]) == pytest.approx(expected, abs=1e-9)
+        everything = rows["all subsets", "mean"]
+        assert float(everything["passion_mean"]) == pytest.approx(100 * passion.mean())
+
+    def test_only_the_passion_run_has_a_preference(self, runs: dict[str, demo.Run]) -> None:
+        assert runs["plain"].history == []
+        assert len(runs["PASSION"].history) == 2
+        assert runs["PASSION"].history[-1].modalities == ("flair", "t1ce", "t1", "t2")
+
+    def test_the_two_runs_differ_and_the_models_are_bare(self, runs: dict[str, demo.Run]) -> None:
+        plain, passion = runs["plain"].model, runs["PASSION"].model
+        assert type(plain) is type(passion) is BACKBONES["uhemis"]
+        pairs = zip(plain.parameters(), passion.parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)
+
+    def test_the_credit_of_real_data_is_in_the_table_and_regions_are_its_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in demo.figures.__all__:
+            monkeypatch.setattr(demo.figures, name, lambda *args, **options: None)
+        fake_sts(tmp_path)
+        out = tmp_path / "out"
+        arguments = ["--smoke", "--data", str(tmp_path), "--fold", "1", "--out", str(out)]
+        results = demo.main(arguments)["plain"].results
+        assert results.samples == ("sts_001", "sts_003")
+        assert results.targets == ("GTV",)
+        assert len(results.subsets) == 7
+        assert "CC BY 3.0" in (out / "table.md").read_text()
+
+
+def batches(steps: int) -> list[dict[str, torch.Tensor]]:
+    """Two 2-D samples per step; the second lacks a modality."""
+    random = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    return [
+        {
+            "image": torch.randn(2, 3, 16, 16, generator=random) * mask[:, :, None, None],
+            "mask": mask,
+            "label": torch.randint(3, (2, 16, 16), generator=random),
+        }
+        for _ in range(steps)
+    ]
+
+
+def wrapper(**config: float) -> Callable[[nn.Module], PassionWrapper]:
+    rates = {"ct": 0.2, "pet": 0.5, "t1": 0.4}
+    return lambda model: PassionWrapper(
+        model, modalities=NAMES, missing_rates=rates, config=PassionConfig(**config)
+    )
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_trains_in_the_loop_of_the_demo_and_comes_out_bare(name: str) -> None:
+    model = network(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = set(vars(model))
+    history = demo.train(model, batches(3), steps=3, steps_per_epoch=2, wrap=wrapper())
+    assert [entry.epoch for entry in history] == [0, 1]
+    assert history[0].counts.tolist() == [4, 2, 4]
+    assert set(vars(model)) == attributes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_all_weights_zero_is_the_plain_run_bit_for_bit() -> None:
+    # Same weights, same batches, same random numbers: whatever differs otherwise is the loss.
+    def trained(wrap: Callable[[nn.Module], PassionWrapper] | None) -> list[torch.Tensor]:
+        model = network("uhemis")
+        demo.train(model, batches(3), steps=3, steps_per_epoch=3, wrap=wrap)
+        return list(model.parameters())
+
+    plain = trained(None)
+    zero = trained(wrapper(pixel_weight=0, prototype_weight=0, unimodal_weight=0))
+    default = trained(wrapper())
+    assert all(torch.equal(a, b) for a, b in zip(plain, zero, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(plain, default, strict=True))
+
+
+def test_coarse_outputs_are_supervised_with_halved_weights() -> None:
+    labels = torch.randint(3, (1, 8, 8))
+    logits = torch.randn(1, 3, 8, 8)
+    coarse = (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 4, 4))
+    extra = demo.criterion((logits, (), coarse), labels) - demo.criterion(logits, labels)
+    parts = [demo.weighted_cross_entropy(coarse[0], labels).mean()]
+    parts.append(demo.weighted_cross_entropy(coarse[1], labels[:, ::2, ::2]).mean())
+    assert float(extra) == pytest.approx(float(0.5 * parts[0] + 0.25 * parts[1]), rel=1e-5)
+
+
+def test_three_lines_train() -> None:
+    losses = three_lines.main(epochs=2, patients=4, size=16)
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
