@@ -123,9 +123,7 @@ class RandomPatches(Dataset[Item]):
         item = dict(self.cases[int(order[place])])
         rng = np.random.default_rng((self.seed, epoch, place))
         image, label = pad_to(item["image"], self.size), pad_to(item["label"], self.size)
-        corner = [
-            int(rng.integers(full - part + 1)) for full, part in zip(label.shape, self.size, strict=True)
-        ]
+        corner = [int(rng.integers(full - part + 1)) for full, part in zip(label.shape, self.size, strict=True)]
         marked = label.nonzero()
         if len(marked) and rng.random() < 0.5:
             voxel = marked[int(rng.integers(len(marked)))].tolist()

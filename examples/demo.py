@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from examples import figures
-from examples.backbones import BACKBONES, RFNetLike
+from examples.backbones import BACKBONES, RFNetLike, rfnet_spec
 from examples.data import Cohort, RandomPatches, load_cohort
 from passion_plugin import (
     IncompleteDataset,
@@ -58,21 +58,28 @@ class Run:
     seconds: float
 
 
-def criterion(prediction: Any, target: Tensor) -> Tensor:
-    """The user's own loss, a scalar: cross-entropy and Dice.
+def criterion(prediction: Any, target: Tensor, mask: Tensor) -> Tensor:
+    """The user's own loss, a scalar: weighted cross-entropy and Dice.
 
     Args:
-        prediction: logits (B, K, *spatial), or RFNet-like ``(logits, unimodal, coarse)``, of which the
-            coarse logits are supervised as well, each level with half the weight of the finer one. (The
-            uni-modal ones also contain modalities that the sample lacks.)
+        prediction: logits (B, K, *spatial), or RFNet-like ``(logits, unimodal, coarse)``. Then the uni-modal
+            predictions of present modalities are supervised too, and the coarse ones, each level with half
+            the weight of the finer one.
         target: labels (B, *spatial).
+        mask: (B, M) bool, True = present.
     """
-    logits, coarse = (prediction[0], prediction[2]) if isinstance(prediction, tuple) else (prediction, ())
-    loss = (weighted_cross_entropy(logits, target) + dice_loss(logits, target)).mean()
+    logits, unimodal, coarse = prediction if isinstance(prediction, tuple) else (prediction, (), ())
+    loss = _segmentation_loss(logits, target).mean()
+    for present, output in zip(mask.unbind(1), unimodal, strict=False):
+        loss = loss + torch.where(present, _segmentation_loss(output, target), 0).mean()
     for level, output in enumerate(coarse):
         small = target[(slice(None), *[slice(None, None, 2**level)] * (target.ndim - 1))]
-        loss = loss + 0.5 ** (level + 1) * weighted_cross_entropy(output, small).mean()
+        loss = loss + 0.5 ** (level + 1) * _segmentation_loss(output, small).mean()
     return loss
+
+
+def _segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return weighted_cross_entropy(logits, target) + dice_loss(logits, target)
 
 
 def train(
@@ -110,7 +117,7 @@ def train(
     with tqdm(loader, total=steps, desc=f"train {name}", unit="step", mininterval=1.0) as bar:
         for step, batch in enumerate(bar, start=1):
             prediction = network(batch["image"], batch["mask"])
-            loss = criterion(prediction, batch["label"])
+            loss = criterion(prediction, batch["label"], batch["mask"])
             if passion:
                 loss = loss + passion.passion_loss(batch["label"])  # 2: distil
             optimizer.zero_grad()
@@ -132,13 +139,14 @@ def run(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, *,
     torch.manual_seed(options.seed)
     model = BACKBONES[options.backbone](cohort.modalities, cohort.num_classes)
     incomplete = IncompleteDataset(cohort.train, presence)
-    patches = RandomPatches(
-        incomplete, (options.patch,) * 3, options.steps * options.batch_size, seed=options.seed
-    )
+    patches = RandomPatches(incomplete, (options.patch,) * 3, options.steps * options.batch_size, seed=options.seed)
     config = PassionConfig(**dict(options.config))
 
+    # None: the spec is detected from the first batch.
+    spec = rfnet_spec(cohort.modalities) if isinstance(model, RFNetLike) else None
+
     def wrap(backbone: nn.Module) -> PassionWrapper:
-        return PassionWrapper(backbone, modalities=cohort.modalities, presence=presence, config=config)
+        return PassionWrapper(backbone, modalities=cohort.modalities, presence=presence, spec=spec, config=config)
 
     name = "PASSION" if passion else "plain"
     start = time.perf_counter()
@@ -193,8 +201,7 @@ def table(plain: SubsetResults, passion: SubsetResults) -> tuple[str, list[dict[
     for record in records:
         if record["target"] == "mean":
             cells = [
-                f"{record[f'{column}_mean']:{'+' if column == 'difference' else ''}.1f}"
-                f" ± {record[f'{column}_sd']:.1f}"
+                f"{record[f'{column}_mean']:{'+' if column == 'difference' else ''}.1f} ± {record[f'{column}_sd']:.1f}"
                 for column in columns
             ]
             lines.append([record["subset"], *cells, str(record["n"])])
@@ -215,9 +222,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def compare(cohort: Cohort, options: argparse.Namespace) -> dict[str, Run]:
     """Both runs, and everything that ``options.out`` is to hold."""
-    presence = draw_presence(
-        cohort.train.ids, cohort.missing_rates, seed=options.seed, modalities=cohort.modalities
-    )
+    presence = draw_presence(cohort.train.ids, cohort.missing_rates, seed=options.seed, modalities=cohort.modalities)
     runs = {
         "plain": run(cohort, presence, options, passion=False),
         "PASSION": run(cohort, presence, options, passion=True),

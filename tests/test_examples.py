@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from examples import demo, three_lines
-from examples.backbones import BACKBONES
+from examples.backbones import BACKBONES, rfnet_spec
 from examples.backbones.blocks import keep_present
 from examples.backbones.uhemis_like import mean_and_variance
 from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort
-from passion_plugin import PassionConfig, PassionWrapper
+from passion_plugin import BackboneSpec, PassionConfig, PassionWrapper
 
 NAMES = ("ct", "pet", "t1")
 SUBSETS = [[True, False, False], [False, True, True], [True, True, True]]
@@ -85,9 +85,7 @@ class TestBackbone:
         alone = [tensors(model(x[b : b + 1], masks[b : b + 1]))[0] for b in range(3)]
         torch.testing.assert_close(together, torch.cat(alone))
 
-    def test_gradient_reaches_the_encoders_of_present_modalities_and_no_other(
-        self, name: str, ndim: int
-    ) -> None:
+    def test_gradient_reaches_the_encoders_of_present_modalities_and_no_other(self, name: str, ndim: int) -> None:
         model = network(name, ndim)
         if name == "rfnet":
             model.is_training = False
@@ -258,9 +256,7 @@ class TestDemo:
             "all subsets",
         ]
 
-    def test_the_summary_is_the_difference_of_the_scores(
-        self, runs: dict[str, demo.Run], folder: Path
-    ) -> None:
+    def test_the_summary_is_the_difference_of_the_scores(self, runs: dict[str, demo.Run], folder: Path) -> None:
         with (folder / "results.csv").open() as file:
             rows = {(row["subset"], row["target"]): row for row in csv.DictReader(file)}
         plain, passion = runs["plain"].results, runs["PASSION"].results
@@ -313,9 +309,7 @@ def batches(steps: int) -> list[dict[str, torch.Tensor]]:
 
 def wrapper(**config: float) -> Callable[[nn.Module], PassionWrapper]:
     rates = {"ct": 0.2, "pet": 0.5, "t1": 0.4}
-    return lambda model: PassionWrapper(
-        model, modalities=NAMES, missing_rates=rates, config=PassionConfig(**config)
-    )
+    return lambda model: PassionWrapper(model, modalities=NAMES, missing_rates=rates, config=PassionConfig(**config))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -345,14 +339,36 @@ def test_all_weights_zero_is_the_plain_run_bit_for_bit() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(plain, default, strict=True))
 
 
-def test_coarse_outputs_are_supervised_with_halved_weights() -> None:
-    labels = torch.randint(3, (1, 8, 8))
-    logits = torch.randn(1, 3, 8, 8)
-    coarse = (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 4, 4))
-    extra = demo.criterion((logits, (), coarse), labels) - demo.criterion(logits, labels)
-    parts = [demo.weighted_cross_entropy(coarse[0], labels).mean()]
-    parts.append(demo.weighted_cross_entropy(coarse[1], labels[:, ::2, ::2]).mean())
-    assert float(extra) == pytest.approx(float(0.5 * parts[0] + 0.25 * parts[1]), rel=1e-5)
+def test_auxiliary_outputs_are_supervised_where_their_modality_is_present() -> None:
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return demo.weighted_cross_entropy(logits, labels) + demo.dice_loss(logits, labels)
+
+    labels, mask = torch.randint(3, (2, 8, 8)), torch.tensor([[True, False], [True, True]])
+    logits, *unimodal = torch.randn(3, 2, 3, 8, 8)
+    coarse = (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4))
+    total = demo.criterion((logits, tuple(unimodal), coarse), labels, mask)
+    expected = loss(logits, labels).sum() + loss(unimodal[0], labels).sum() + loss(unimodal[1], labels)[1]
+    expected = expected + 0.5 * loss(coarse[0], labels).sum() + 0.25 * loss(coarse[1], labels[:, ::2, ::2]).sum()
+    assert float(total) == pytest.approx(float(expected / 2), rel=1e-5)
+    assert float(demo.criterion(logits, labels, mask)) == pytest.approx(float(loss(logits, labels).mean()))
+
+
+def test_rfnet_spec_adds_the_coarse_outputs_to_what_detection_finds() -> None:
+    model = network("rfnet")
+    batch = batches(1)[0]
+    found = BackboneSpec.detect(model, batch["image"], batch["mask"], modalities=NAMES)
+    spec = rfnet_spec(NAMES)
+    assert spec.encoders == found.encoders
+    assert spec.classifier == found.classifier
+    losses = {}
+    for name, each in (("with", spec), ("without", spec.replaced(coarse=()))):
+        wrapped = PassionWrapper(model, modalities=NAMES, missing_rates=dict.fromkeys(NAMES, 0.2), spec=each)
+        wrapped(batch["image"], batch["mask"])
+        wrapped.passion_loss(batch["label"])
+        losses[name] = wrapped.loss_terms().pixel
+        wrapped.unwrap()
+    active = batch["mask"]
+    assert (losses["with"][active] > losses["without"][active]).all()
 
 
 def test_three_lines_train() -> None:

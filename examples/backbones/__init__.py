@@ -12,10 +12,10 @@ from collections.abc import Callable
 from torch import nn
 
 from examples.backbones.mmformer_like import MMFormerLike
-from examples.backbones.rfnet_like import RFNetLike
+from examples.backbones.rfnet_like import RFNetLike, rfnet_spec
 from examples.backbones.uhemis_like import UHeMISLike
 
-__all__ = ["BACKBONES", "MMFormerLike", "RFNetLike", "UHeMISLike"]
+__all__ = ["BACKBONES", "MMFormerLike", "RFNetLike", "UHeMISLike", "rfnet_spec"]
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "uhemis": UHeMISLike,

@@ -49,34 +49,41 @@ class Encoder(nn.Module):
             ConvBlock(ndim, before, width, stride=1 if level == 0 else 2)
             for level, (before, width) in enumerate(zip(inputs, widths, strict=True))
         )
-        self.refine = nn.ModuleList(ConvBlock(ndim, width, width) for width in widths[1:])
+        self.refine = nn.ModuleList(ConvBlock(ndim, width, width) for width in widths)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of every level."""
-        features = [self.levels[0](x)]
-        for down, refine in zip(list(self.levels)[1:], self.refine, strict=True):
-            hidden = down(features[-1])
-            features.append(hidden + refine(hidden))
+        features: list[Tensor] = []
+        for level, refine in zip(self.levels, self.refine, strict=True):
+            x = level(x)
+            x = x + refine(x)
+            features.append(x)
         return features
 
 
 class UNetDecoder(nn.Module):
-    """From skip features (finest first, ``inputs[i]`` channels) to ``widths[0]`` channels at full size."""
+    """From skip features (finest first, ``inputs[i]`` channels) to ``widths[0]`` channels at full size.
+
+    Skips and coarser features are brought to the width of a level by 1-wide convolutions and added, which is
+    cheaper than to concatenate them: the decoder is what PASSION runs again for every student.
+    """
 
     def __init__(self, ndim: int, inputs: Sequence[int], widths: Sequence[int]) -> None:
         super().__init__()
-        self.bottom = ConvBlock(ndim, inputs[-1], widths[-1])
-        self.merge = nn.ModuleList(
-            ConvBlock(ndim, skip + below, width)
-            for skip, below, width in zip(inputs[:-1], widths[1:], widths[:-1], strict=True)
+        self.skips = nn.ModuleList(
+            conv(ndim, skip, width, kernel=1) for skip, width in zip(inputs, widths, strict=True)
         )
+        self.ups = nn.ModuleList(
+            conv(ndim, below, width, kernel=1) for below, width in zip(widths[1:], widths[:-1], strict=True)
+        )
+        self.merge = nn.ModuleList(ConvBlock(ndim, width, width) for width in widths)
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor:
         """Return the features that enter the classifier, (B, widths[0], *spatial)."""
-        hidden: Tensor = self.bottom(skips[-1])
-        for level in reversed(range(len(self.merge))):
-            hidden = torch.cat([skips[level], upsample_to(hidden, skips[level])], dim=1)
-            hidden = self.merge[level](hidden)
+        hidden: Tensor = self.merge[-1](self.skips[-1](skips[-1]))
+        for level in reversed(range(len(self.ups))):
+            skip = self.skips[level](skips[level])
+            hidden = self.merge[level](skip + upsample_to(self.ups[level](hidden), skip))
         return hidden
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from examples.backbones.blocks import ConvBlock, Encoder, UNetDecoder, conv, encode, upsample_to
+from passion_plugin import BackboneSpec
 
-__all__ = ["RFNetLike", "RegionFusion"]
+__all__ = ["RFNetLike", "RegionFusion", "rfnet_spec"]
 
 
 class RegionFusion(nn.Module):
@@ -96,9 +97,7 @@ class RFNetLike(nn.Module):
         self.unimodal_decoder = UNetDecoder(ndim, widths, widths)
         self.unimodal_classifier = conv(ndim, widths[0], num_classes, kernel=1)
 
-    def forward(
-        self, x: Tensor, mask: Tensor
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Segment ``x`` (B, M, *spatial) from the modalities that ``mask`` (B, M) bool lets through."""
         levels = encode(self.encoders, x, mask)
         coarse: list[Tensor] = []
@@ -116,3 +115,22 @@ class RFNetLike(nn.Module):
             for m in range(len(self.encoders))
         )
         return logits, unimodal, tuple(coarse)
+
+
+def rfnet_spec(modalities: Sequence[str], levels: int = 4) -> BackboneSpec:
+    """How PASSION talks to :class:`RFNetLike`, written by hand.
+
+    Detection finds the encoders and the classifier by itself. What only the author knows is which modules
+    give coarse predictions worth distilling (level 0 is at full size, so it is left to the classifier) and
+    that students do not need what ``is_training`` adds.
+
+    Args:
+        modalities: names, in the order of the channels of the input.
+        levels: length of ``widths``.
+    """
+    return BackboneSpec(
+        encoders={name: f"encoders.{name}" for name in modalities},
+        classifier="classifier",
+        coarse=[f"fusion.{level}.coarse" for level in range(1, levels)],
+        light={"is_training": False},
+    )

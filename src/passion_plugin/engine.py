@@ -85,7 +85,7 @@ class Passion:
         )
         self.heads = nn.ModuleList()
         self.bound: BoundBackbone | None = None
-        self._previous_forward: Any = None
+        self.previous_forward: Any = None
         self._attached = False
         self._disabled = 0
         self._detached = False
@@ -120,7 +120,7 @@ class Passion:
             The engine; its :meth:`loss`, :meth:`end_epoch` and :meth:`detach` are what a training loop needs.
         """
         passion = cls(backbone, **options)
-        passion._previous_forward = backbone.__dict__.get("forward")
+        passion.previous_forward = backbone.__dict__.get("forward")
         passion._attached = True
         if passion.bound is not None:
             passion.bound.forward = passion._bare_forward
@@ -135,10 +135,10 @@ class Passion:
         """
         self._modulation.remove()
         if self._attached:
-            if self._previous_forward is None:
+            if self.previous_forward is None:
                 self.backbone.__dict__.pop("forward", None)
             else:
-                self.backbone.__dict__["forward"] = self._previous_forward
+                self.backbone.__dict__["forward"] = self.previous_forward
         self._attached, self._detached, self._step = False, True, None
         return self.backbone
 
@@ -236,7 +236,10 @@ class Passion:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Make the backbone train as if this library were not there, while the context is open."""
+        """Make the backbone train as if this library were not there, while the context is open.
+
+        Call backward for the last step before entering: ``modulation="encoder"`` lets go of the parameters here.
+        """
         self._modulation.remove()
         self._disabled += 1
         try:
@@ -322,8 +325,8 @@ class Passion:
             warnings.warn(message, PassionWarning, stacklevel=4)
 
     def _bare_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._previous_forward is not None:
-            return self._previous_forward(*args, **kwargs)
+        if self.previous_forward is not None:
+            return self.previous_forward(*args, **kwargs)
         return type(self.backbone).forward(self.backbone, *args, **kwargs)
 
     def _attached_forward(

@@ -80,12 +80,15 @@ def feature_maps(tensors: Sequence[Tensor], ndim: int) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.ndim == ndim + 2 and tensor.is_floating_point()]
 
 
-def build_heads(features: dict[str, list[Tensor]], prediction: Prediction) -> nn.ModuleList:
+def build_heads(
+    features: dict[str, list[Tensor]], prediction: Prediction, dtype: torch.dtype
+) -> nn.ModuleList:
     """Build a head for each modality that fits what its encoder puts out.
 
     Args:
         features: encoder outputs of an example, by modality, in the order of the modalities.
         prediction: the fused prediction of the example.
+        dtype: of the parameters; that of the backbone's, since autocast changes that of the features.
     """
     ndim = prediction.logits.ndim - 2
     heads = nn.ModuleList()
@@ -94,4 +97,4 @@ def build_heads(features: dict[str, list[Tensor]], prediction: Prediction) -> nn
         if not channels:
             raise ConfigError(f"the encoder of {modality!r} puts out no feature map to set a UnimodalHead on")
         heads.append(UnimodalHead(channels, prediction.logits.shape[1], ndim))
-    return heads.to(prediction.features.device)
+    return heads.to(prediction.features.device, dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
@@ -95,18 +96,24 @@ def fused_pass(
         keep_random_state: remember the random state after the last encoder.
     """
     call = bound.blanked(call, presence)
+    given = call
+    if bound.spec.students in ("rerun", "mixed"):
+        # Students read the images again; a backbone that writes into them must not spoil that.
+        given = bound.with_input(call, tree_map(_clone, bound.input_of(call)))
     record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
     record.random_state = random_state() if keep_random_state else None
-    with overridden_forward(record.recording(keep_random_state=keep_random_state)), _tapped(bound) as taps:
-        raw = bound.run(call)
-    if torch.is_grad_enabled() and bound.spec.students in ("replay", "mixed", "heads"):
+    replayed = bound.spec.students in ("replay", "mixed", "heads")
+    recording = record.recording(features=replayed, keep_random_state=keep_random_state)
+    with overridden_forward(recording), _tapped(bound) as taps:
+        raw = bound.run(given)
+    if torch.is_grad_enabled() and replayed:
         record.check_trainable()
     absent = _absent_record(bound, call, len(presence)) if bound.spec.students == "mixed" else None
     return FusedPass(call, len(presence), raw, _prediction(taps), record, absent)
 
 
 def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segment]) -> list[Prediction]:
-    """Run the backbone with one modality let through, in light mode, with running statistics at rest.
+    """Run the backbone with one modality let through, in light mode, with buffers at rest.
 
     Args:
         bound: the backbone.
@@ -141,6 +148,10 @@ def _upstream_is_trainable(bound: BoundBackbone) -> bool:
     last = set() if bound.classifier is None else set(bound.classifier.parameters())
     modules = [module for group in bound.encoders.values() for module in group] or [bound.backbone]
     return any(p.requires_grad for module in modules for p in module.parameters() if p not in last)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 @contextmanager

@@ -24,6 +24,8 @@ __all__ = ["FeatureRecord", "Segment", "Tap", "overridden_forward", "resolve_mod
 
 Handler = Callable[..., Any]
 
+_LEAVES = (Tensor, int, float, complex, str, type(None))
+
 _MISCOUNT = (
     "the encoder of {!r} was called {} times in a student pass but {} times in the fused pass, so that its "
     "output cannot be replayed; set BackboneSpec(students='rerun')"
@@ -152,18 +154,21 @@ class FeatureRecord:
         self.versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
         self.random_state: Any = None
 
-    def recording(self, *, keep_random_state: bool = False) -> dict[nn.Module, Handler]:
+    def recording(self, *, features: bool = True, keep_random_state: bool = False) -> dict[nn.Module, Handler]:
         """Return the handlers that fill this record.
 
         Args:
+            features: keep the outputs.
             keep_random_state: remember the state of the generators after the last encoder.
         """
 
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            kept = tree_map(_clone if self.copy else _same, output)
-            self.outputs[module].append(kept)
-            self.versions[module].append([leaf._version for leaf in _tensors(kept)])
+            if features:
+                _check_leaves(output, owner)
+                kept = tree_map(_clone if self.copy else _same, output)
+                self.outputs[module].append(kept)
+                self.versions[module].append([leaf._version for leaf in _tensors(kept)])
             if keep_random_state:
                 self.random_state = random_state()
             return output
@@ -213,22 +218,22 @@ class FeatureRecord:
         """
         students = {segment.modality for segment in segments}
         served: dict[nn.Module, int] = defaultdict(int)
+        # Picked before the pass and not inside it: a backbone that checkpoints its encoder would save what the
+        # picking needs, and not find it again when it runs the real encoder a second time.
+        replies = {
+            module: [self._reply(module, call, owner, segments, batch, others) for call in range(len(self.outputs[module]))]
+            for owner, modules in self.encoders.items()
+            for module in modules
+        }
 
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
             call = served[module]
             served[module] += 1
-            if call >= len(self.outputs[module]):
-                if owner in students:
-                    raise BackboneError(_MISCOUNT.format(owner, served[module], len(self.outputs[module])))
-                return forward(*args, **kwargs)
-            pieces = []
-            for segment in segments:
-                own = segment.modality == owner
-                source, size = (self, batch) if own or others is None else (others, 1)
-                output = source._kept(module, call, owner)
-                pick = functools.partial(_pick, rows=segment.rows, batch=size, copy=self.copy, detach=not own)
-                pieces.append(tree_map(pick, output))
-            return pieces[0] if len(pieces) == 1 else tree_map(_concatenate, *pieces)
+            if call < len(replies[module]):
+                return tree_map(_clone if self.copy else _same, replies[module][call])
+            if owner in students:
+                raise BackboneError(_MISCOUNT.format(owner, served[module], len(replies[module])))
+            return forward(*args, **kwargs)
 
         with overridden_forward(self._handlers(handler)):
             yield
@@ -247,6 +252,23 @@ class FeatureRecord:
                 return forward(*args, **kwargs)
 
         return self._handlers(handler)
+
+    def _reply(
+        self,
+        module: nn.Module,
+        call: int,
+        owner: str,
+        segments: Sequence[Segment],
+        batch: int,
+        others: FeatureRecord | None,
+    ) -> Any:
+        pieces = []
+        for segment in segments:
+            own = segment.modality == owner
+            source, size = (self, batch) if own or others is None else (others, 1)
+            pick = functools.partial(_pick, rows=segment.rows, batch=size, detach=not own)
+            pieces.append(tree_map(pick, source._kept(module, call, owner)))
+        return pieces[0] if len(pieces) == 1 else tree_map(_concatenate, *pieces)
 
     def _kept(self, module: nn.Module, call: int, owner: str) -> Any:
         output, versions = self.outputs[module][call], self.versions[module][call]
@@ -279,6 +301,15 @@ def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
         torch.cuda.set_rng_state_all(cuda)
 
 
+def _check_leaves(output: Any, owner: str) -> None:
+    strange = {type(leaf).__name__ for leaf in tree_flatten(output)[0] if not isinstance(leaf, _LEAVES)}
+    if strange:
+        raise BackboneError(
+            f"the encoder of {owner!r} returns {', '.join(sorted(strange))}, in which features cannot be found to be "
+            f"replayed. Name the modules inside it as encoders, or set BackboneSpec(students='rerun')"
+        )
+
+
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
 
@@ -295,7 +326,7 @@ def _concatenate(first: Any, *rest: Any) -> Any:
     return torch.cat([first, *rest]) if isinstance(first, Tensor) else first
 
 
-def _pick(leaf: Any, *, rows: Tensor, batch: int, copy: bool, detach: bool) -> Any:
+def _pick(leaf: Any, *, rows: Tensor, batch: int, detach: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.ndim == 0 or leaf.shape[0] != batch:
@@ -305,7 +336,5 @@ def _pick(leaf: Any, *, rows: Tensor, batch: int, copy: bool, detach: bool) -> A
         )
     leaf = leaf.detach() if detach else leaf
     if batch == 1:
-        leaf = leaf.expand(len(rows), *leaf.shape[1:])
-    elif len(rows) != batch:
-        return leaf.index_select(0, rows.to(leaf.device))
-    return leaf.clone() if copy else leaf
+        return leaf.expand(len(rows), *leaf.shape[1:])
+    return leaf if len(rows) == batch else leaf.index_select(0, rows.to(leaf.device))

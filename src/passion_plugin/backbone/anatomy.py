@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = ["Anatomy", "anatomy"]
 
+_PARALLEL = "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -28,7 +29,8 @@ class Anatomy:
         frozen: names of parameters that do not require gradient.
         shared: groups of names of one parameter.
         in_place: modules that work in place.
-        wrappers: remarks on compiled, scripted and parallel modules.
+        parallel: remark on a DataParallel, empty when there is none.
+        wrappers: remarks on compiled, scripted and distributed modules.
     """
 
     normalisation: dict[str, int]
@@ -38,6 +40,7 @@ class Anatomy:
     frozen: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     in_place: tuple[str, ...]
+    parallel: str
     wrappers: tuple[str, ...]
 
 
@@ -57,6 +60,7 @@ def anatomy(backbone: nn.Module) -> Anatomy:
         frozen=tuple(name for name, parameter in backbone.named_parameters() if not parameter.requires_grad),
         shared=tuple(tuple(group) for group in names.values() if len(group) > 1),
         in_place=tuple(name for name, module in modules.items() if vars(module).get("inplace") is True),
+        parallel=_PARALLEL if any(isinstance(module, nn.DataParallel) for module in modules.values()) else "",
         wrappers=tuple(_wrappers(modules)),
     )
 
@@ -65,19 +69,11 @@ def _wrappers(modules: dict[str, nn.Module]) -> list[str]:
     remarks = []
     for name, module in modules.items():
         kind, where = type(module).__name__, repr(name) if name else "the backbone"
-        if isinstance(module, nn.DataParallel):
-            remarks.append(
-                f"{where} is a DataParallel, which is not supported: pass its .module, and use DDP"
-            )
-        elif kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            remarks.append(
-                f"{where} is a {kind}: wrap the bare network first, and put {kind} around the wrapper"
-            )
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            remarks.append(f"{where} is a {kind}: wrap the bare network, and put {kind} around the wrapper")
         elif isinstance(module, torch.jit.ScriptModule):
-            remarks.append(
-                f"{where} is a ScriptModule, whose parts cannot be listened to: pass the Python module"
-            )
+            remarks.append(f"{where} is a ScriptModule, whose parts cannot be listened to: pass the module")
             break
         elif kind == "OptimizedModule":
-            remarks.append(f"{where} is compiled; recording and replaying will compile parts of it again")
+            remarks.append(f"{where} is compiled; listening to its parts will compile some of them again")
     return remarks

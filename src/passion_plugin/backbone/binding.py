@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from passion_plugin.backbone.calls import BackboneCall, locate_argument
 from passion_plugin.backbone.inputs import batch_size, blank, split
@@ -55,6 +54,11 @@ class BoundBackbone:
             return modules[path]
 
         self.classifier = resolve(spec.classifier, "classifier")
+        if isinstance(self.classifier, nn.Linear):
+            problems.append(
+                f"classifier: {spec.classifier!r} is a Linear layer, whose classes come last; logits must be "
+                f"(B, K, *spatial). A 1×1 convolution does the same"
+            )
         self.coarse = [resolve(name, "coarse") for name in spec.coarse]
         self.encoders: dict[str, tuple[nn.Module, ...]] = {}
         for modality, names in spec.encoders.items():
@@ -207,7 +211,7 @@ class BoundBackbone:
 
     @contextmanager
     def student_mode(self) -> Iterator[None]:
-        """Auxiliary outputs off, and running statistics of normalisation layers at rest."""
+        """Auxiliary outputs off, and buffers at rest."""
         with ExitStack() as stack:
             if self.forward is not None:
                 stack.enter_context(overridden_forward({self.backbone: self._bare}))
@@ -215,7 +219,7 @@ class BoundBackbone:
                 stack.enter_context(self.spec.light(self.backbone))
             else:
                 stack.enter_context(_attributes(self.backbone, self.spec.light))
-            stack.enter_context(_resting_statistics(self.backbone))
+            stack.enter_context(_resting_buffers(self.backbone))
             yield
 
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -275,19 +279,18 @@ def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None
 
 
 @contextmanager
-def _resting_statistics(backbone: nn.Module) -> Iterator[None]:
-    """Take running statistics away from normalisation layers in training mode, and give them back.
+def _resting_buffers(backbone: nn.Module) -> Iterator[None]:
+    """Let the backbone work on copies of its buffers and put the originals back.
 
-    Without them the layers normalise with the statistics of the batch, as they do anyway in training, and
-    have nothing to update. Setting the momentum to zero would not do: 0 × NaN poisons the statistics.
+    Running statistics follow the fused pass only, and so do counters and the vectors of spectral norm. Setting
+    the momentum of normalisation layers to zero would not do: 0 × NaN poisons the statistics.
     """
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    layers = [layer for layer in backbone.modules() if isinstance(layer, _NormBase) and layer.training]
-    before = [{name: layer._buffers.get(name) for name in names} for layer in layers]
+    before = [(module._buffers, dict(module._buffers)) for module in backbone.modules() if module._buffers]
     try:
-        for layer in layers:
-            layer._buffers.update(dict.fromkeys(names))
+        for buffers, originals in before:
+            buffers.update({name: None if value is None else value.clone() for name, value in originals.items()})
         yield
     finally:
-        for layer, buffers in zip(layers, before, strict=True):
-            layer._buffers.update(buffers)
+        for buffers, originals in before:
+            buffers.clear()
+            buffers.update(originals)

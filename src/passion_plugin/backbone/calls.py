@@ -27,9 +27,10 @@ class Argument:
 def locate_argument(backbone: nn.Module, key: int | str) -> Argument:
     """Return both ways in which the forward of ``backbone`` can be given the argument ``key``."""
     forward = backbone.forward
-    if not isinstance(getattr(forward, "__self__", backbone), nn.Module):
+    owner = getattr(forward, "__self__", backbone)
+    if not isinstance(owner, nn.Module):
         # Bound to something that is no module: an attached engine, whose signature says nothing.
-        forward = type(backbone).forward.__get__(backbone)
+        forward = getattr(owner, "previous_forward", None) or type(backbone).forward.__get__(backbone)
     try:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):

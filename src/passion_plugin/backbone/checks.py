@@ -98,16 +98,17 @@ def mask_meaning(probe: Probe) -> str:
     """Return ``"present"`` or ``"missing"``: what a 1 in the mask says.
 
     Under a mask of ones the content must matter if a 1 says "present"; if it does not, but matters under a
-    mask of zeros, a 1 says "missing".
+    mask of zeros, a 1 says "missing". When this does not decide it, what the probe assumes is returned.
     """
-    if isinstance(probe.interface.mask_format, MaskCodec) or probe.interface.mask_argument is None:
-        return "present"
-    if _content_matters(probe):
-        return "present"
-    probe.reinterpret(replace(probe.interface, mask_meaning="missing"))
-    matters = _content_matters(probe)
-    probe.reinterpret(replace(probe.interface, mask_meaning="present"))
-    return "missing" if matters else "present"
+    before = probe.interface
+    assumed, other = ("present", "missing") if before.mask_meaning == "present" else ("missing", "present")
+    if isinstance(before.mask_format, MaskCodec) or before.mask_argument is None or _content_matters(probe):
+        return assumed
+    try:
+        probe.reinterpret(replace(before, mask_meaning=other))
+        return other if _content_matters(probe) else assumed
+    finally:
+        probe.reinterpret(before)
 
 
 def _content_matters(probe: Probe) -> bool:
@@ -121,13 +122,13 @@ def _content_matters(probe: Probe) -> bool:
 
 @dataclass
 class MaskBehaviour:
-    """What letting one modality through by the mask alone does, nothing blanked; numbers by modality, in order.
+    """What letting one modality through by the mask alone does, nothing blanked; numbers in order of modality.
 
     Attributes:
         effect: relative change of the prediction against that with everything present.
         own: relative change when the content of the modality itself changes.
         leak: relative change when the content of all the others changes.
-        columns: for a column that does not show its own modality alone: the numbers of those that it does show.
+        columns: for a column that does not show its own modality: the numbers of those that it shows.
         failure: the exception that one of these masks raised.
     """
 
@@ -148,10 +149,8 @@ class MaskBehaviour:
         return any(leak > EFFECT for leak in self.leak)
 
     def permutation(self) -> tuple[int, ...] | None:
-        """Return which modality each column switches, when every one switches exactly one that is not its own."""
-        order = tuple(
-            self.columns[k][0] if len(self.columns.get(k, ())) == 1 else k for k in range(len(self.effect))
-        )
+        """Return which modality each column switches, when that is a permutation other than the identity."""
+        order = tuple(self.columns[k][0] if len(self.columns.get(k, ())) == 1 else k for k in range(len(self.effect)))
         clean = all(len(shown) == 1 for shown in self.columns.values())
         return order if self.columns and clean and sorted(order) == list(range(len(order))) else None
 
@@ -174,9 +173,7 @@ def mask_behaviour(probe: Probe) -> MaskBehaviour:
             found.own.append(own)
             found.leak.append(leak)
             if own <= EFFECT < leak:
-                changes = [
-                    relative_difference(probe.predict(probe.images(m), keep), base) for m in range(count)
-                ]
+                changes = [relative_difference(probe.predict(probe.images(m), keep), base) for m in range(count)]
                 found.columns[k] = tuple(m for m in range(count) if changes[m] > EFFECT)
         except Exception as error:
             found.failure = f"a mask with only {probe.modalities[k]!r} present raises {short(error)}"

@@ -67,7 +67,8 @@ class ClassifierSearch:
     def best(self) -> Match | None:
         """Return the last match that ran once; the last match when all ran several times."""
         once = [match for match in self.matches if self.calls[match.name] == 1]
-        return (once or self.matches or [None])[-1]
+        found = once or self.matches
+        return found[-1] if found else None
 
     def _listen(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -149,7 +150,7 @@ def _equal(value: Tensor, prediction: Tensor) -> bool:
 
 
 def _channels_first(output: Tensor, prediction: Tensor) -> Tensor | None:
-    """Return the output of a layer on channels-last features or on tokens, in the layout of the prediction."""
+    """Return the output of a layer on channels-last features or tokens in the layout of the prediction."""
     if output.ndim < 3 or output.shape[0] != prediction.shape[0] or output.shape[-1] != prediction.shape[1]:
         return None
     if output.numel() != prediction.numel():

@@ -16,9 +16,10 @@ from passion_plugin.backbone.classifier import ClassifierSearch
 from passion_plugin.backbone.probe import Probe
 from passion_plugin.taps import Handler, overridden_forward
 
-__all__ = ["Detection", "detect"]
+__all__ = ["Detection", "Encoders", "detect"]
 
 Encoders = Mapping[str, tuple[str, ...]]
+"""Names of modules by modality."""
 
 _SAMPLES = 1024
 _CHANGED = 1e-6
@@ -49,9 +50,9 @@ class Detection:
     def alternatives(self) -> list[Encoders]:
         """Return smaller sets of modules, to try where replaying :attr:`encoders` is not exact.
 
-        First one level further down (a module that leaves its skips on itself has to run, its parts need not),
-        then without the last, the second to last, … module of every modality's private path, then without one
-        module at a time.
+        First one level further down (a module that leaves its skips on itself has to run, its parts need
+        not), then without the last, the second to last, … module of every modality's private path, then
+        without one module at a time.
         """
         outer = _outermost(self.private)
         inner = [name for name in self.private if name not in outer]
@@ -61,9 +62,7 @@ class Detection:
             for rank, name in enumerate(names):
                 ranks[rank].append(name)
         if len(ranks) > 1:
-            sets += [
-                [name for name in outer if name not in ranks[rank]] for rank in sorted(ranks, reverse=True)
-            ]
+            sets += [[name for name in outer if name not in ranks[rank]] for rank in sorted(ranks, reverse=True)]
             sets += [list(ranks[0])]
         if len(outer) <= 2 * len(self.modalities):
             sets += [[name for name in outer if name != dropped] for dropped in outer]
@@ -104,9 +103,7 @@ def detect(probe: Probe) -> Detection:
                 if _changed(before, after):
                     depends[name][call].add(m)
     modules = dict(probe.backbone.named_modules())
-    learning = [
-        name for name in depends if name not in unstable and any(True for _ in modules[name].parameters())
-    ]
+    learning = [name for name in depends if name not in unstable and any(True for _ in modules[name].parameters())]
     private = {}
     shared = []
     for name in learning:

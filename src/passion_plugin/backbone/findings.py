@@ -31,9 +31,10 @@ class Report:
     Attributes:
         backbone: its class.
         modalities: names, in the order of the mask columns.
-        spec: how to talk to it, with ``students`` and everything else decided; None when it cannot be wrapped.
+        spec: how to talk to it, with ``students`` decided; None when it cannot be wrapped.
         problems: what makes it impossible to wrap, and what to do about it.
         warnings: what to know before training.
+        searched: encoders and classifier were looked for.
         encoders: modules that depend on one modality alone.
         shared: modules that are called for one modality after the other.
         match: how the prediction follows from the output of the classifier; None when it was given and the
@@ -55,6 +56,7 @@ class Report:
     spec: BackboneSpec | None = None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    searched: bool = False
     encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     match: Match | None = None
@@ -79,11 +81,11 @@ class Report:
 
     def problem(self, text: str) -> None:
         """Add a problem."""
-        self.problems += (text,)
+        self.problems += (text,) if text not in self.problems else ()
 
     def warn(self, text: str) -> None:
         """Add a warning."""
-        self.warnings += (text,)
+        self.warnings += (text,) if text not in self.warnings else ()
 
     def __str__(self) -> str:
         rows = [(label, text) for label, text in self._rows() if text]
@@ -91,9 +93,7 @@ class Report:
         for label, text in rows:
             indent = " " * 18
             body = "\n".join(
-                textwrap.fill(
-                    line, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-                )
+                textwrap.fill(line, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
                 for line in text.splitlines()
             )
             lines.append(f"{label:<18}{body.lstrip()}")
@@ -103,11 +103,7 @@ class Report:
         yield "verdict", self._verdict()
         yield "problems", _numbered(self.problems)
         yield "warnings", _numbered(self.warnings)
-        yield (
-            "encoders",
-            "\n".join(f"{name}: {', '.join(modules) or 'none'}" for name, modules in self.encoders.items())
-            or "none found: no module belongs to one modality alone",
-        )
+        yield "encoders", self._encoders()
         yield (
             "shared",
             (self.shared and f"called for one modality after the other: {', '.join(self.shared)}") or "",
@@ -125,10 +121,15 @@ class Report:
             return f"cannot be wrapped as it is: {len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
         return "can be wrapped" + (f": {_STUDENTS[self.spec.students]}" if self.spec else "")
 
+    def _encoders(self) -> str:
+        if not self.encoders:
+            return "none found: no module belongs to one modality alone" if self.searched else ""
+        return "\n".join(f"{name}: {_several(modules)}" for name, modules in self.encoders.items())
+
     def _classifier(self) -> str:
         name = self.match.name if self.match else self.spec.classifier if self.spec else ""
         if not name:
-            return "not found"
+            return "not found" if self.searched else ""
         text = f"{name}"
         if self.match:
             text += f", {self.match.classes} classes; its output is the prediction"
@@ -143,9 +144,7 @@ class Report:
         for k, (name, own, leak) in enumerate(numbers):
             shown = [self.modalities[m] for m in self.mask.columns.get(k, ())] or [name] * (not own <= EFFECT)
             line = f"{k} ({name}) switches {', '.join(shown) or 'nothing'}: "
-            line += (
-                f"its own content changes the prediction by {_number(own)}, hidden content by {_number(leak)}"
-            )
+            line += f"its own content changes the prediction by {_number(own)}, hidden content by {_number(leak)}"
             lines.append(line)
         if not self.mask.has_effect and lines:
             lines.append("the mask has no effect at all")
@@ -158,12 +157,17 @@ class Report:
         return "finite for every modality" if self.alone else ""
 
     def _students(self) -> str:
-        lines = [
-            f"{what}: {'exact' if error <= 1e-3 else 'NOT exact'}, relative difference from a true run {_number(error)}"
-            for what, error in self.replay_errors.items()
+        lines = []
+        for what, error in self.replay_errors.items():
+            verdict = "exact" if error <= 1e-3 else "NOT exact"
+            reason = f", but {self.replay_failures[what]}" if what in self.replay_failures else ""
+            lines.append(f"{what}: {verdict}, relative difference from a true run {_number(error)}{reason}")
+        lines += [
+            f"{what}: {reason}"
+            for what, reason in self.replay_failures.items()
+            if what not in self.replay_errors
         ]
-        lines += [f"{what}: raised {reason}" for what, reason in self.replay_failures.items()]
-        return "\n".join(lines)
+        return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"{len(lines) - 5} more", lines[-1]])
 
     def _batch(self) -> str:
         if self.batch is None:
@@ -171,9 +175,7 @@ class Report:
         parts = []
         if self.batch.mixing is not None:
             independent = self.batch.mixing <= EFFECT
-            parts.append(
-                "samples are independent" if independent else f"samples mix ({_number(self.batch.mixing)})"
-            )
+            parts.append("samples are independent" if independent else f"samples mix ({_number(self.batch.mixing)})")
         if self.spec is not None:
             parts.append(f"masks {'may' if self.spec.mixed_masks else 'must not'} differ within a batch")
             parts.append(f"students {'may' if self.spec.stackable else 'must not'} be stacked")
@@ -202,6 +204,12 @@ def _numbered(texts: tuple[str, ...]) -> str:
 
 def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}"
+
+
+def _several(names: tuple[str, ...]) -> str:
+    if len(names) <= 8:
+        return ", ".join(names) or "none"
+    return f"{', '.join(names[:6])} and {len(names) - 6} more"
 
 
 def _some(names: list[str] | tuple[str, ...]) -> str:

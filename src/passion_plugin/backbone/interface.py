@@ -34,23 +34,21 @@ def example_call(
     keys = list(input_argument) if several else [input_argument]  # type: ignore[arg-type]
     values = list(example_input) if several else [example_input]
     if len(keys) != len(values):
-        raise InputError(
-            f"input_argument names {len(keys)} arguments, example_input has {len(values)} entries"
-        )
+        raise InputError(f"input_argument names {len(keys)} arguments, example_input has {len(values)} entries")
     if mask_argument is not None and example_mask is not None:
         keys.append(mask_argument)
         values.append(example_mask)
     positional = {key: value for key, value in zip(keys, values, strict=True) if isinstance(key, int)}
     named = {key: value for key, value in zip(keys, values, strict=True) if isinstance(key, str)}
-    args = []
+    args: list[Any] = []
     while len(args) in positional:
         args.append(positional.pop(len(args)))
     for position, value in positional.items():
         name = locate_argument(backbone, position).name
         if name is None:
             raise InputError(
-                f"nothing was given for argument {len(args)} of the backbone, only for argument {position}: pass call="
-                f"(a function of backbone, images and bool mask) that fills in the rest"
+                f"nothing was given for argument {len(args)} of the backbone, only for argument {position}: "
+                f"pass call= (a function of backbone, images and bool mask) that fills in the rest"
             )
         named[name] = value
     return BackboneCall(tuple(args), named)
@@ -115,11 +113,7 @@ def _mask_argument(
     everything: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
     free = [(key, value) for key, value in everything if locate_argument(backbone, key) not in taken]
     for key, value in free:
-        if (
-            isinstance(value, Tensor)
-            and value.dtype == torch.bool
-            and value.shape == (batch, len(modalities))
-        ):
+        if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == (batch, len(modalities)):
             return key
     second = locate_argument(backbone, 1)
     return 1 if second not in taken and call.get(second) is not None else None
@@ -136,7 +130,7 @@ def _mask_format(raw: Any, count: int) -> tuple[str | MaskCodec, str]:
         return "indices", ""
     shape = f" of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else ""
     return "bool", (
-        f"the example mask is a {type(raw).__name__}{shape}, expected a tensor (batch, {count}) or a list of column "
-        f"numbers. If the backbone takes something else, pass mask_format=MaskCodec(encode, decode), or mask_argument= "
-        f"if this is not the mask"
+        f"the example mask is a {type(raw).__name__}{shape}, expected a tensor (batch, {count}) or a list of "
+        f"column numbers. If the backbone takes something else, pass mask_format=MaskCodec(encode, decode); "
+        f"if this is not the mask, mask_argument="
     )

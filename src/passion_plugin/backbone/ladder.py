@@ -1,4 +1,4 @@
-"""Which way of letting one modality through is exact: every rung of the ladder compared with a true re-run."""
+"""Which way of letting one modality through is exact: the rungs of the ladder compared with true runs."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class References:
         finite: for each modality, whether logits and features are finite.
         own: for each modality, relative change of the logits when its content changes.
         failures: for each modality, the exception that its run raised.
+        seen: modalities whose runs depend on the content of others, which a wrong ``absent`` leaves there.
     """
 
     tables: list[Tensor]
@@ -38,13 +39,7 @@ class References:
     finite: dict[str, bool] = field(default_factory=dict)
     own: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def usable(self) -> bool:
-        """Whether every modality alone gives a finite prediction that depends on it."""
-        return (
-            not self.failures and all(self.finite.values()) and all(own > EFFECT for own in self.own.values())
-        )
+    seen: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -86,6 +81,11 @@ def references(probe: Probe, spec: BackboneSpec, *, mixed: bool) -> References:
             found.finite[name] = all(bool(torch.isfinite(tensor).all()) for tensor in alone.tensors())
             found.own[name] = relative_difference(changed.logits, alone.logits)
             found.alone[-1][name] = alone
+            if spec.absent is not None:
+                others = [number for number in range(len(probe.modalities)) if number != m]
+                leaking = true_student(probe, spec, table, segment, *others)
+                if relative_difference(leaking.logits, alone.logits) > EFFECT:
+                    found.seen.append(name)
     return found
 
 
@@ -103,7 +103,7 @@ def climb(
         probe: the backbone, in a sandbox.
         spec: what is known; a spec whose ``students`` is decided is only checked.
         truth: the true runs.
-        alternatives: other sets of encoder modules, to try when :attr:`BackboneSpec.encoders` cannot be replayed.
+        alternatives: other sets of encoder modules, to try where those of the spec cannot be replayed.
         noisy: the backbone draws random numbers, so that students must start where the encoders ended.
     """
     result = Climb()
@@ -142,7 +142,7 @@ def stacking_difference(probe: Probe, spec: BackboneSpec) -> float:
 
 
 def with_light_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
-    """Return the spec with ``is_training`` switched off for students, where that leaves the prediction as it is.
+    """Return the spec with ``is_training`` switched off for students, where that changes no prediction.
 
     Most public multi-encoder networks compute their auxiliary outputs when an attribute of this name is set.
     """
@@ -196,7 +196,8 @@ def _rungs(
     for encoders in (spec.encoders, *alternatives):
         if encoders:
             some = "" if encoders is spec.encoders else f" of {_listed(encoders)}"
-            yield f"replay{some}", spec.replaced(encoders=encoders, students="replay")
+            if spec.mask_argument is not None or spec.call is not None:
+                yield f"replay{some}", spec.replaced(encoders=encoders, students="replay")
             if spec.absent is None:
                 yield f"mixed replay{some}", spec.replaced(encoders=encoders, students="mixed")
     yield "re-run", spec.replaced(students="rerun")

@@ -27,7 +27,7 @@ PREDICTION_KEYS = ("logits", "out", "seg", "pred", "prediction", "output")
 
 @dataclass(frozen=True)
 class Interface:
-    """The part of a spec that says how the backbone is called; what detection needs before there is a spec."""
+    """The part of a spec that says how the backbone is called: needed before there is a spec."""
 
     input_argument: int | str | Sequence[int | str] = 0
     mask_argument: int | str | None = 1
@@ -49,25 +49,25 @@ def prediction_of(raw: Any) -> Tensor:
     """
     if isinstance(raw, Mapping):
         named = [raw[key] for key in PREDICTION_KEYS if key in raw]
-        if named:
-            return prediction_of(named[0])
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(named)):
+            return prediction_of(named)
     found = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
     floating = [leaf for leaf in found if leaf.is_floating_point()]
     if floating:
         return floating[0]
     if found:
         raise BackboneError(
-            f"the backbone returns {found[0].dtype} {tuple(found[0].shape)}: labels, not logits or probabilities, "
-            f"so that nothing can be distilled. Let it return what its last layer gives"
+            f"the backbone returns {found[0].dtype} {tuple(found[0].shape)}: labels, not logits or "
+            f"probabilities, so that nothing can be distilled. Let it return what its last layer gives"
         )
     raise BackboneError(
-        f"the backbone returns {type(raw).__name__} without a tensor (batch, classes, *spatial) in it: is it a "
-        f"segmentation network?"
+        f"the backbone returns {type(raw).__name__} without a tensor (batch, classes, *spatial) in it: is "
+        f"it a segmentation network?"
     )
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:
-    """Return ``max |value - reference| / max |reference|``; infinite when shapes differ or values are not finite."""
+    """Return ``max |value - reference| / max |reference|``; infinite for NaN and where shapes differ."""
     if value.shape != reference.shape:
         return float("inf")
     value, reference = value.double(), reference.double()
@@ -89,7 +89,8 @@ class Probe:
         call: arguments of a call as its user makes it.
         modalities: names.
         interface: how it is called.
-        forward: what to run when that is not the backbone itself. It takes ``(images, bool mask)``.
+        through_call: the template is no call of the backbone but ``(images, bool mask)``, for the user's own
+            ``interface.call``.
     """
 
     def __init__(
@@ -98,16 +99,18 @@ class Probe:
         call: BackboneCall,
         modalities: Sequence[str],
         interface: Interface,
-        forward: Callable[..., Any] | None = None,
+        *,
+        through_call: bool = False,
     ) -> None:
         self.backbone = backbone
         self.modalities = tuple(modalities)
         self.interface = interface
-        self.forward = forward
+        self.through_call = through_call
         self._call = call
         keys = interface.input_argument
         self._several = not isinstance(keys, (int, str))
-        self._inputs = [locate_argument(backbone, key) for key in (keys if self._several else (keys,))]  # type: ignore[union-attr, list-item]
+        listed = (keys,) if isinstance(keys, (int, str)) else keys
+        self._inputs = [locate_argument(backbone, key) for key in listed]
         mask = interface.mask_argument
         self._mask: Argument | None = None if mask is None else locate_argument(backbone, mask)
         self.codec = self._codec()
@@ -137,7 +140,7 @@ class Probe:
         self.codec = self._codec()
 
     def presence(self, *modalities: int) -> Tensor:
-        """Return a mask (B, M) in which the modalities with these numbers are present, all when none is given."""
+        """Return a mask (B, M) in which the modalities with these numbers are present; all by default."""
         keep = torch.zeros(self.batch, len(self.modalities), dtype=torch.bool)
         keep[:, list(modalities) or slice(None)] = True
         return keep
@@ -194,7 +197,7 @@ class Probe:
         handlers: Mapping[nn.Module, Handler] | None = None,
         seed: int = 0,
     ) -> Any:
-        """Run the backbone on images that are not blanked, from a fixed random state; return its raw output."""
+        """Run the backbone on unblanked images, from a fixed random state; return its raw output."""
         call = self.arguments(x, keep, rows)
         reseed(seed)
         with overridden_forward(handlers or {}):
@@ -203,7 +206,7 @@ class Probe:
                 keep = keep if rows is None else keep[rows]
                 images = values if self._several else values[0]
                 return self.interface.call(self.backbone, images, keep.to(_device(images)))
-            return (self.forward or self.backbone)(*call.args, **call.kwargs)
+            return self.backbone(*call.args, **call.kwargs)
 
     def predict(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> Tensor:
         """Like :meth:`run`, and return the prediction in it."""
@@ -211,16 +214,11 @@ class Probe:
 
     def bind(self, spec: BackboneSpec) -> BoundBackbone:
         """Return the backbone bound to a spec, to be called like the template."""
-        if self.forward is not None:
-            spec = spec.replaced(
-                input_argument=0,
-                mask_argument=1,
-                mask_format="bool",
-                mask_meaning="present",
-                mask_columns=None,
-                call=None,
-            )
-        return BoundBackbone(self.backbone, spec, self.modalities, self.forward)
+        if not self.through_call:
+            return BoundBackbone(self.backbone, spec, self.modalities)
+        template = {"input_argument": 0, "mask_argument": 1, "mask_format": "bool"}
+        spec = spec.replaced(**template, mask_meaning="present", mask_columns=None, call=self.interface.call)
+        return _ThroughCall(self.backbone, spec, self.modalities)
 
     def _codec(self) -> MaskCodec:
         how = self.interface
@@ -245,6 +243,15 @@ class Probe:
             return tree_map(noise, self.example)
         parts = [noise(part) for part in split(self.example, self.modalities)]
         return join(parts, self.example, self.modalities)
+
+
+class _ThroughCall(BoundBackbone):
+    """A backbone whose fused pass too goes through the user's ``call``."""
+
+    def run(self, call: BackboneCall) -> Any:
+        assert self.spec.call is not None
+        x, mask = call.args
+        return self.spec.call(self.backbone, x, mask)
 
 
 def _copied(leaf: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,10 +16,9 @@ from passion_plugin.backbone.examination import Examination
 from passion_plugin.backbone.findings import Report
 from passion_plugin.backbone.interface import example_call, infer_interface, infer_modalities
 from passion_plugin.backbone.probe import Interface, Probe
-from passion_plugin.backbone.sandbox import lazy_parameters, sandbox
+from passion_plugin.backbone.sandbox import lazy_parameters, sandbox, untouched_modes
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import ConfigError, PassionError, suggest
-from passion_plugin.taps import random_state, set_random_state
 
 __all__ = ["Report", "examine", "examine_call", "inspect"]
 
@@ -35,8 +34,8 @@ def examine(
     """Find out how a backbone can be wrapped, with an example of what it is called with.
 
     Args:
-        backbone: any module. Afterwards it is what it was: parameters, buffers, modes, attributes, random state.
-        example_input: images as the backbone takes them. Their content does not matter, only shapes and types.
+        backbone: any module. Afterwards it is what it was: parameters, buffers, modes, attributes.
+        example_input: images as the backbone takes them; only shapes, types and range matter.
         example_mask: a mask as the backbone takes it; None when it takes none.
         modalities: names; keys of a mapping, or ``("0", "1", …)`` when None.
         **known: fields of :class:`BackboneSpec` that are not to be detected.
@@ -51,20 +50,19 @@ def examine(
     images = known.get("input_argument", 0)
     mask_argument = known.get("mask_argument", None if example_mask is None else 1)
     report = Report(type(backbone).__name__)
-    forward = None
+    through_call = known.get("call") is not None
     try:
         names = tuple(modalities) if modalities is not None else infer_modalities(example_input, example_mask)
         report.modalities = names
-        if known.get("call") is not None and example_mask is not None:
+        if through_call:
             call = BackboneCall((example_input, example_mask), {})
-            forward = _through(backbone, known["call"])
         else:
             call = example_call(backbone, example_input, example_mask, images, mask_argument)
     except PassionError as error:
         report.problem(str(error))
         return report
     known["mask_argument"] = mask_argument
-    return _examine(report, backbone, call, known, searching=True, forward=forward)
+    return _examine(report, backbone, call, known, searching=True, through_call=through_call)
 
 
 def examine_call(
@@ -121,10 +119,6 @@ def _check_known(known: Mapping[str, Any]) -> None:
             raise ConfigError(f"BackboneSpec has no field {name!r}.{suggest(name, names)}")
 
 
-def _through(backbone: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, mask: call(backbone, x, mask)
-
-
 def _examine(
     report: Report,
     backbone: nn.Module,
@@ -132,7 +126,7 @@ def _examine(
     known: dict[str, Any],
     *,
     searching: bool,
-    forward: Callable[..., Any] | None = None,
+    through_call: bool = False,
 ) -> Report:
     if len(report.modalities) < 2:
         report.problem(f"there must be at least two modalities, got {report.modalities}: pass modalities=")
@@ -146,9 +140,10 @@ def _examine(
             return report
         report.lazy = tuple(lazy_parameters(backbone))
         if report.lazy:
-            _materialise(backbone, call, forward)
-        own_call = Interface(absent=interface.absent) if forward is not None else interface
-        probe = Probe(backbone, call, report.modalities, own_call, forward)
+            with untouched_modes(backbone), torch.no_grad():
+                known["call"](backbone, *call.args) if through_call else backbone(*call.args, **call.kwargs)
+        called = Interface(absent=interface.absent, call=interface.call) if through_call else interface
+        probe = Probe(backbone, call, report.modalities, called, through_call=through_call)
         with sandbox(backbone):
             Examination(report, probe, interface, known, searching=searching).run()
     except PassionError as error:
@@ -156,21 +151,8 @@ def _examine(
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         report.problem(
-            f"the backbone could not be run: {type(error).__name__}: {error} (at {frame.name}, line {frame.lineno} of "
-            f"{frame.filename}). Is it called as it should be? See input_argument=, mask_argument=, mask_format= and call="
+            f"the backbone could not be run: {type(error).__name__}: {error} (line {frame.lineno} of "
+            f"{frame.filename}). Is it called as it should be? See input_argument=, mask_argument=, "
+            f"mask_format= and call="
         )
     return report
-
-
-@torch.no_grad()
-def _materialise(backbone: nn.Module, call: BackboneCall, forward: Callable[..., Any] | None) -> None:
-    """Run lazy modules once, from the user's random state, which decides their initial weights."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    state = random_state()
-    try:
-        backbone.eval()
-        (forward or backbone)(*call.args, **call.kwargs)
-    finally:
-        set_random_state(state)
-        for module, mode in modes:
-            module.training = mode

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from passion_plugin.taps import random_state, set_random_state
 
-__all__ = ["lazy_parameters", "reseed", "sandbox"]
+__all__ = ["lazy_parameters", "reseed", "sandbox", "untouched_modes"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -58,12 +58,11 @@ def sandbox(backbone: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for kind in {"cpu", *(parameter.device.type for parameter in backbone.parameters())} - {"meta"}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+                if torch.amp.is_autocast_available(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             if torch.cuda.is_initialized():
                 # Faster algorithms that round differently from one call to the next would look like effects.
-                stack.enter_context(
-                    torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-                )
+                stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
             if hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             backbone.eval()
@@ -73,6 +72,24 @@ def sandbox(backbone: nn.Module) -> Iterator[None]:
         set_random_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])
+
+
+@contextmanager
+def untouched_modes(backbone: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with training flags and random state put back: for the first run of lazy modules.
+
+    The generators are not seeded: the initial weights depend on the user's random state, as they would in
+    the first training step.
+    """
+    modes = [(module, module.training) for module in backbone.modules()]
+    state = random_state()
+    try:
+        backbone.eval()
+        yield
+    finally:
+        set_random_state(state)
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Snapshot:

@@ -55,7 +55,8 @@ class BackboneSpec:
             used again. ``"mixed"``: those of the modality are, those of the others come from an absent input.
             ``"rerun"``: everything runs again on a blanked input. ``"heads"``: small heads on the encoder
             features, for backbones that cannot let a single modality through. ``"auto"``: the first that the
-            checks show to be exact.
+            checks show to be exact. Anything else is taken at its word and not checked: ``"replay"`` is wrong
+            for a backbone that does not mask features after encoding.
         copy_features: keep copies of encoder outputs, for backbones that change them in place.
         stackable: whether several students may share one stacked batch; set by the checks.
 
@@ -108,11 +109,6 @@ class BackboneSpec:
             problems.append(f"students={self.students!r} needs the names of the encoders")
         if self.students == "mixed" and self.absent is not None:
             problems.append("students='mixed' replays features of a zero input and cannot be combined with absent=")
-        if self.students == "replay" and self.mask_argument is None and self.call is None:
-            problems.append(
-                "students='replay' needs a mask that hides the replayed features of the other modalities, but "
-                "mask_argument is None; use 'mixed' or 'rerun'"
-            )
         if self.stackable and (not self.mixed_masks or self.mask_format == "indices"):
             problems.append("stackable=True needs a backbone that takes different masks in one batch")
         for modality, names in self.encoders.items():

@@ -1,0 +1,482 @@
+"""How a backbone is talked to: names, arguments, masks, images, and the spec that binds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, spec_of
+from torch import Tensor, nn
+
+from passion_plugin import BackboneSpec, ConfigError, InputError, MaskCodec, PassionWrapper
+from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument
+from passion_plugin.backbone.inputs import batch_size, blank, join, split
+from passion_plugin.backbone.masks import check_mask, codec_for
+from passion_plugin.taps import resolve_module
+
+M = NAMES[:3]
+MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
+
+
+def wrap(net: Any, **spec: Any) -> PassionWrapper:
+    return PassionWrapper(net, net.names, missing_rates=(0.2,) * len(net.names), spec=spec_of(net, **spec))
+
+
+def _noted(forward: Callable[..., Any], calls: list[int], number: int) -> Callable[..., Any]:
+    def run(x: Tensor) -> Any:
+        calls.append(number)
+        return forward(x)
+
+    return run
+
+
+def loss_of(model: PassionWrapper, *args: Any, target: Tensor, **kwargs: Any) -> float:
+    model(*args, **kwargs)
+    return model.passion_loss(target).item()
+
+
+class TestNames:
+    net = nn.ModuleDict(
+        {
+            "left": nn.ModuleDict({"t1": nn.Identity(), "t1ce": nn.Identity(), "seg": nn.Identity()}),
+            "right": nn.ModuleDict({"t2": nn.Identity(), "seg": nn.Identity(), "xt1": nn.Identity()}),
+        }
+    )
+
+    @pytest.mark.parametrize(
+        ("name", "path"),
+        [("left.t1", "left.t1"), ("t1", "left.t1"), ("t1ce", "left.t1ce"), ("right.seg", "right.seg"), ("left", "left")],
+    )
+    def test_a_name_is_a_full_path_or_a_suffix_of_whole_components(self, name: str, path: str) -> None:
+        assert resolve_module(self.net, name) == (path, "")
+
+    @pytest.mark.parametrize("name", ["1", "ce", "t", "eft.t1", ".t1", "left.", "left.t", ""])
+    def test_a_part_of_a_component_never_matches(self, name: str) -> None:
+        path, problem = resolve_module(self.net, name)
+        assert path is None
+        assert problem
+
+    def test_a_suffix_that_fits_twice_names_both(self) -> None:
+        path, problem = resolve_module(self.net, "seg")
+        assert path is None
+        assert "['left.seg', 'right.seg']" in problem
+        assert "Give more of the dotted name" in problem
+
+    def test_an_unknown_name_suggests_close_ones(self) -> None:
+        assert "Did you mean 'left.t1ce'" in resolve_module(self.net, "left.t1c")[1]
+
+    def test_an_exact_path_wins_over_a_suffix(self) -> None:
+        net = nn.ModuleDict({"seg": nn.Identity(), "inner": nn.ModuleDict({"seg": nn.Identity()})})
+        assert resolve_module(net, "seg")[0] == "seg"
+
+    def test_shared_modules_are_found_under_each_of_their_names(self) -> None:
+        one = nn.Identity()
+        assert resolve_module(nn.ModuleDict({"a": one, "b": one}), "b") == ("b", "")
+
+    def test_t1_is_never_t1ce(self) -> None:
+        names = ("t1ce", "t1")
+        net = MeanNet(names)
+        spec = BackboneSpec(encoders={"t1": "t1", "t1ce": "t1ce"}, classifier="classifier", students="replay")
+        bound = BoundBackbone(net, spec, names)
+        assert bound.encoders["t1"] == (net.encoders["t1"],)
+        assert bound.encoders["t1ce"] == (net.encoders["t1ce"],)
+
+
+class TestSpec:
+    def test_single_names_become_tuples_and_sequences_are_frozen(self) -> None:
+        coarse = ["a", "b"]
+        spec = BackboneSpec(encoders={"t1": "x", "t2": ["y", "z"]}, classifier="c", coarse=coarse, mask_columns=["t2", "t1"])
+        coarse.append("c")
+        assert spec.encoders == {"t1": ("x",), "t2": ("y", "z")}
+        assert spec.coarse == ("a", "b")
+        assert spec.mask_columns == ("t2", "t1")
+        assert spec.replaced(students="replay").students == "replay"
+        assert spec.students == "auto"
+
+    def test_every_wrong_field_is_told_at_once(self) -> None:
+        with pytest.raises(ConfigError) as error:
+            BackboneSpec(
+                classifier="",
+                outputs="logits",  # type: ignore[arg-type]
+                students="magic",  # type: ignore[arg-type]
+                mask_meaning="absent",  # type: ignore[arg-type]
+                mask_format="bytes",
+            )
+        for part in ("5 problems", "outputs", "'magic'", "mask_meaning", "mask_format", "classifier"):
+            assert part in str(error.value)
+
+    @pytest.mark.parametrize("students", ["replay", "mixed", "heads"])
+    def test_students_that_replay_need_encoders(self, students: Any) -> None:
+        with pytest.raises(ConfigError, match="needs the names of the encoders"):
+            BackboneSpec(classifier="c", students=students)
+
+    def test_mixed_replay_excludes_another_notion_of_absence(self) -> None:
+        with pytest.raises(ConfigError, match="cannot be combined with absent="):
+            BackboneSpec(classifier="c", encoders={"t1": "x"}, students="mixed", absent=lambda x, mask: x)
+
+    def test_replay_without_a_mask_would_hide_nothing(self) -> None:
+        with pytest.raises(ConfigError, match="use 'mixed' or 'rerun'"):
+            BackboneSpec(classifier="c", encoders={"t1": "x"}, students="replay", mask_argument=None)
+
+    @pytest.mark.parametrize("changes", [{"mixed_masks": False}, {"mask_format": "indices"}])
+    def test_students_are_not_stackable_where_masks_cannot_mix(self, changes: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match="stackable"):
+            BackboneSpec(classifier="c", stackable=True, **changes)
+
+    @pytest.mark.parametrize("encoders", [{"t1": 3}, {"t1": [3]}])
+    def test_encoders_must_be_names(self, encoders: Any) -> None:
+        with pytest.raises(ConfigError, match=r"(?s)encoders.*3"):
+            BackboneSpec(classifier="c", encoders=encoders)
+
+
+class TestBinding:
+    def test_every_wrong_name_is_told_at_once_with_close_matches(self) -> None:
+        net = DeepNet(M)
+        spec = BackboneSpec(
+            encoders={"flair": "encoders.flai", "t2": "encoders.t1", "t1": "encoders.t1"},
+            classifier="clasifier",
+            coarse=("corse",),
+            light={"is_trainin": False},
+            mask_columns=("flair", "t1"),
+            students="replay",
+        )
+        with pytest.raises(ConfigError) as error:
+            PassionWrapper(net, M, missing_rates=(0.1,) * 3, spec=spec)
+        for part in (
+            "does not fit DeepNet",
+            "Did you mean 'classifier'",
+            "Did you mean 'coarse'",
+            "'encoders.flair'",
+            "unknown modality 't2'. Did you mean",
+            "modality 't1ce' has none",
+            "'t2' and 't1' name the same module",
+            "Did you mean 'is_training'",
+            "must be a permutation",
+        ):
+            assert part in str(error.value)
+
+    def test_a_wrong_preset_name_and_a_wrong_spec_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"unknown preset 'rfent'. Did you mean 'rfnet'"):
+            PassionWrapper(MeanNet(M), M, missing_rates=(0.1,) * 3, spec="rfent")
+        with pytest.raises(ConfigError, match="spec"):
+            PassionWrapper(MeanNet(M), M, missing_rates=(0.1,) * 3, spec=3)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("encoders", "called 0 times"), ("decoder.0", "channels|classes|0..")]
+    )
+    def test_a_layer_that_is_no_classifier_is_noticed(self, name: str, expected: str) -> None:
+        x, mask, y = batch(MIXED)
+        y[:] = 2
+        model = wrap(MeanNet(M, classes=2), classifier=name)
+        with pytest.raises((RuntimeError, ValueError), match=expected):
+            model(x, mask)
+            model.passion_loss(y + 2)
+
+    def test_a_classifier_that_was_replaced_after_wrapping_is_noticed(self) -> None:
+        model = wrap(MeanNet(M))
+        x, mask, y = batch(MIXED)
+        assert loss_of(model, x, mask, target=y) > 0
+        model.backbone.classifier = nn.Conv2d(4, 3, 1)
+        with pytest.raises(RuntimeError, match="replaced"):
+            model(x, mask)
+
+    def test_several_modules_per_modality_are_all_replayed(self) -> None:
+        net = MeanNet(M)
+        calls: list[int] = []
+        for name in M:
+            for number, part in enumerate(net.encoders[name]):  # type: ignore[arg-type]
+                part.forward = _noted(part.forward, calls, number)
+        x, mask, y = batch(MIXED)
+        whole = loss_of(wrap(net), x, mask, target=y)
+        calls.clear()
+        parts = {name: (f"encoders.{name}.0", f"encoders.{name}.1") for name in M}
+        # The activation of the encoder works in place on what its convolution put out.
+        assert loss_of(wrap(net, encoders=parts, copy_features=True), x, mask, target=y) == whole
+        assert calls == [0, 1] * 3
+
+    def test_features_changed_in_place_ask_for_copies(self) -> None:
+        net = MeanNet(M)
+        parts = {name: f"encoders.{name}.0" for name in M}
+        x, mask, _ = batch(MIXED)
+        with pytest.raises(RuntimeError, match=r"copy_features=True"):
+            wrap(net, encoders=parts)(x, mask)
+
+    @pytest.mark.parametrize("students", ["replay", "mixed", "rerun"])
+    def test_exact_ways_of_letting_one_modality_through_agree(self, students: Any) -> None:
+        net = MeanNet(M).double()
+        x, mask, y = batch(MIXED, dtype=torch.float64)
+        wanted = loss_of(wrap(net), x, mask, target=y)
+        assert loss_of(wrap(net, students=students), x, mask, target=y) == pytest.approx(wanted, rel=1e-12)
+        rerun = wrap(net, students="rerun", encoders={})
+        assert loss_of(rerun, x, mask, target=y) == pytest.approx(wanted, rel=1e-12)
+
+    def test_a_rerun_student_does_not_move_the_encoders_of_other_modalities(self) -> None:
+        net = NoMaskNet(M)
+        x, mask, y = batch([[1, 1, 0]])
+        model = wrap(net, mask_argument=None, students="rerun")
+        model(x, passion_presence=mask)
+        model.passion_loss(y).backward()
+        # Its encoder sees zeros in every student pass, and would learn a bias from them.
+        assert net.encoders["t1"].bias.grad is None or not net.encoders["t1"].bias.grad.any()  # type: ignore[union-attr, operator]
+        assert net.encoders["flair"].bias.grad.any()  # type: ignore[union-attr, operator]
+
+    def test_a_custom_call_replaces_the_call_of_student_passes(self) -> None:
+        net = MeanNet(M)
+        seen: list[tuple[list[float], list[list[bool]]]] = []
+
+        def call(backbone: nn.Module, x: Tensor, mask: Tensor) -> Any:
+            seen.append((x.flatten(2).abs().sum((0, 2)).tolist(), mask.tolist()))
+            return backbone(x, mask)
+
+        x, mask, y = batch(MIXED)
+        assert loss_of(wrap(net, call=call), x, mask, target=y) == loss_of(wrap(net), x, mask, target=y)
+        assert [masks for _, masks in seen] == [[[True, False, False]] * 2, [[False, True, False]] * 2, [[False, False, True]]]
+        assert all(sum(value > 0 for value in content) == 1 for content, _ in seen)
+
+    def test_what_absent_means_can_be_told(self) -> None:
+        net = MeanNet(M)
+        fills: list[list[list[bool]]] = []
+
+        def absent(x: Tensor, mask: Tensor) -> Tensor:
+            fills.append(mask.tolist())
+            return torch.where(mask[:, :, None, None], x, -7.0)
+
+        seen: list[Tensor] = []
+        net.encoders["flair"].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        x, mask, _ = batch([[1, 1, 0], [0, 1, 1]])
+        wrap(net, absent=absent, students="rerun")(x, mask)
+        assert fills[0] == mask.tolist()
+        alone = [[True, False, False]], [[False, True, False]] * 2, [[False, False, True]]
+        assert fills[1:] == list(alone)
+        assert torch.equal(seen[0][1], torch.full((1, 4, 4), -7.0))
+        assert torch.equal(seen[0][0], x[0, :1])
+
+
+class TestMasks:
+    def test_a_mask_of_every_kind_gives_the_same_loss(self) -> None:
+        x, mask, y = batch(MIXED)
+        net = MeanNet(M)
+        wanted = loss_of(wrap(net), x, mask, target=y)
+
+        class Floating(MeanNet):
+            def forward(self, x: Tensor, mask: Tensor) -> Any:
+                assert mask.is_floating_point()
+                return super().forward(x, mask.bool())
+
+        class Inverted(MeanNet):
+            def forward(self, x: Tensor, *, missing: Tensor) -> Any:  # type: ignore[override]
+                assert missing.dtype == torch.int64
+                return super().forward(x, missing == 0)
+
+        floating, inverted = Floating(M), Inverted(M)
+        for other in (floating, inverted):
+            other.load_state_dict(net.state_dict())
+        assert loss_of(wrap(floating, mask_format="float"), x, mask.float(), target=y) == wanted
+        model = wrap(inverted, mask_format="int", mask_meaning="missing", mask_argument="missing")
+        assert loss_of(model, x, missing=(~mask).long(), target=y) == wanted
+
+    def test_a_list_of_indices_holds_for_the_whole_batch(self) -> None:
+        class Listed(MeanNet):
+            def forward(self, x: Tensor, indices: list[int]) -> Any:  # type: ignore[override]
+                mask = torch.zeros(len(x), len(self.names), dtype=torch.bool)
+                mask[:, indices] = True
+                return super().forward(x, mask)
+
+        net, listed = MeanNet(M), Listed(M)
+        listed.load_state_dict(net.state_dict())
+        x, mask, y = batch([[1, 0, 1]] * 2)
+        model = wrap(listed, mask_format="indices")
+        assert loss_of(model, x, [0, 2], target=y) == loss_of(wrap(net), x, mask, target=y)
+        with pytest.raises(InputError, match=r"at most once, got \[0, 7\]"):
+            model(x, [0, 7])
+        with pytest.raises(InputError, match="list of modality indices"):
+            model(x, mask)
+
+    def test_columns_in_another_order_are_translated(self) -> None:
+        class Shuffled(MeanNet):
+            def forward(self, x: Tensor, mask: Tensor) -> Any:  # Columns are (t1, flair, t1ce).
+                return super().forward(x, mask[:, [1, 2, 0]])
+
+        net, shuffled = MeanNet(M), Shuffled(M)
+        shuffled.load_state_dict(net.state_dict())
+        x, mask, y = batch(MIXED)
+        model = wrap(shuffled, mask_columns=("t1", "flair", "t1ce"))
+        assert loss_of(model, x, mask[:, [2, 0, 1]], target=y) == loss_of(wrap(net), x, mask, target=y)
+        assert torch.equal(model.loss_terms().active[0], torch.tensor([True, True, False]))
+
+    def test_a_codec_translates_anything(self) -> None:
+        class Coded(MeanNet):
+            def forward(self, x: Tensor, code: int) -> Any:  # type: ignore[override]
+                mask = torch.tensor([[bool(code >> m & 1) for m in range(3)]]).expand(len(x), -1)
+                return super().forward(x, mask)
+
+        codec = MaskCodec(
+            encode=lambda mask: sum(1 << m for m, here in enumerate(mask[0].tolist()) if here),
+            decode=lambda code: torch.tensor([bool(code >> m & 1) for m in range(3)]),
+        )
+        net, coded = MeanNet(M), Coded(M)
+        coded.load_state_dict(net.state_dict())
+        x, mask, y = batch([[1, 1, 0]] * 2)
+        model = wrap(coded, mask_format=codec)
+        assert loss_of(model, x, 3, target=y) == loss_of(wrap(net), x, mask, target=y)
+
+    @given(data=st.data())
+    def test_decoding_undoes_encoding(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(2, 6))
+        names = NAMES[:count]
+        columns = data.draw(st.one_of(st.none(), st.permutations(names)))
+        kind = data.draw(st.sampled_from(["bool", "float", "int", "indices"]))
+        meaning = data.draw(st.sampled_from(["present", "missing"]))
+        row = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+        mask = torch.tensor([row, row])
+        if kind != "indices":
+            mask[1] = torch.tensor(data.draw(st.permutations(row)))
+        codec = codec_for(kind, meaning, columns, names)
+        raw = codec.encode(mask)
+        assert torch.equal(codec.decode(raw).expand(2, -1), mask)
+        column = (columns or list(names)).index(names[0])
+        says = column in raw if kind == "indices" else bool(raw[0, column])
+        assert says is (row[0] if meaning == "present" else not row[0])
+
+    def test_indices_cannot_say_that_samples_differ(self) -> None:
+        with pytest.raises(InputError, match="samples have different masks"):
+            codec_for("indices", "present", None, M).encode(torch.tensor(MIXED, dtype=torch.bool))
+
+    def test_backbones_that_cannot_mix_masks_say_so(self) -> None:
+        model = wrap(MeanNet(M), mixed_masks=False)
+        x, mask, y = batch(MIXED)
+        with pytest.raises(InputError, match="group samples by their modalities, or use batches of one"):
+            model(x, mask)
+        assert loss_of(model, x[:1], mask[:1], target=y[:1]) > 0
+
+    def test_a_checked_mask_is_bool_on_the_cpu_without_gradient(self) -> None:
+        mask = torch.tensor([[True, False], [True, True]])
+        assert torch.equal(check_mask(mask, 2, ("a", "b"), what="m"), mask)
+        assert torch.equal(check_mask(mask[0], 2, ("a", "b"), what="m"), mask[:1].expand(2, -1))
+
+
+class TestCalls:
+    def test_an_argument_is_found_by_position_and_by_name(self) -> None:
+        net = MeanNet(M)
+        assert locate_argument(net, 1) == locate_argument(net, "mask") == Argument(1, "mask")
+        call = BackboneCall((1,), {"mask": 2})
+        assert call.get(Argument(1, "mask")) == 2
+        assert call.get(Argument(0, "x")) == 1
+        assert call.get(Argument(2, "y"), "nothing") == "nothing"
+        assert call.replaced(Argument(1, "mask"), 5).kwargs == {"mask": 5}
+        assert call.replaced(Argument(0, "x"), 7).args == (7,)
+        assert call.replaced(Argument(2, "y"), 9).kwargs == {"mask": 2, "y": 9}
+        assert call.args == (1,)
+        with pytest.raises(LookupError, match="has no name"):
+            call.replaced(Argument(4, None), 1)
+
+    def test_rows_cut_what_has_the_batch_in_front_and_leave_the_rest(self) -> None:
+        x, weights, table = torch.randn(3, 2, 4), torch.randn(3), torch.randn(5, 3)
+        mask = torch.ones(3, 2, dtype=torch.bool)
+        call = BackboneCall((x, mask), {"weights": weights, "extra": {"deep": [x, table]}})
+        cut = call.rows(torch.tensor([2, 0]), 3, whole=(Argument(1, "mask"),))
+        assert torch.equal(cut.args[0], x[[2, 0]])
+        assert cut.args[1] is mask
+        assert cut.kwargs["weights"] is weights
+        assert torch.equal(cut.kwargs["extra"]["deep"][0], x[[2, 0]])
+        assert cut.kwargs["extra"]["deep"][1] is table
+
+    def test_further_arguments_reach_the_students_row_by_row(self) -> None:
+        class Positioned(MeanNet):
+            def forward(self, x: Tensor, mask: Tensor, place: Tensor, *, scale: float = 1.0) -> Any:  # type: ignore[override]
+                assert len(place) == len(x)
+                return super().forward(x + place[:, :, None, None] * scale, mask)
+
+        net = Positioned(M)
+        x, mask, y = batch(MIXED)
+        place = torch.randn(3, 3)
+        found = loss_of(wrap(net, students="rerun"), x, mask, place, scale=0.5, target=y)
+        assert found == pytest.approx(loss_of(wrap(net), x, mask, place, scale=0.5, target=y), rel=1e-5)
+        assert found != loss_of(wrap(net), x, mask, place, scale=2.0, target=y)
+
+
+class TestImages:
+    parts = tuple(torch.randn(2, 1, 4, 4) for _ in M)
+
+    def containers(self) -> list[Any]:
+        return [
+            torch.cat(self.parts, 1),
+            list(self.parts),
+            tuple(self.parts),
+            dict(zip(reversed(M), reversed(self.parts), strict=True)),
+        ]
+
+    def test_every_container_is_split_and_joined(self) -> None:
+        for x in self.containers():
+            found = split(x, M)
+            assert all(torch.equal(one, other) for one, other in zip(found, self.parts, strict=True))
+            again = join(found, x, M)
+            assert type(again) is type(x)
+            assert all(torch.equal(one, other) for one, other in zip(split(again, M), self.parts, strict=True))
+            assert batch_size(x) == 2
+
+    def test_blanking_zeroes_what_is_not_kept_and_writes_nowhere(self) -> None:
+        keep = torch.tensor([[True, False, True], [False, True, True]])
+        for x in self.containers():
+            before = [part.clone() for part in split(x, M)]
+            for row, column in (~keep).nonzero().tolist():
+                split(x, M)[column][row] = torch.nan
+            found = split(blank(x, keep, M), M)
+            for column, part in enumerate(found):
+                assert torch.equal(part[keep[:, column]], before[column][keep[:, column]])
+                assert part[~keep[:, column]].eq(0).all()
+            assert split(x, M)[1][0].isnan().all()
+            for part, old in zip(split(x, M), before, strict=True):
+                part.copy_(old)
+            assert blank(x, torch.ones_like(keep), M) is x
+
+    def test_several_channels_per_modality_stay_together(self) -> None:
+        x = torch.randn(2, 6, 4, 4)
+        assert torch.equal(split(x, M)[1], x[:, 2:4])
+        kept = blank(x, torch.tensor([[False, True, False]] * 2), M)
+        assert kept[:, [0, 1, 4, 5]].eq(0).all()
+        assert torch.equal(kept[:, 2:4], x[:, 2:4])
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.zeros(2, 4, 4, 4), r"\(batch, 3 × channels, \*spatial\).*got \(2, 4, 4, 4\)"),
+            ([torch.zeros(1)] * 2, "a list of 3 tensors"),
+            ({"flair": torch.zeros(1), "t1ce": torch.zeros(1), "T1": 0}, r"no entry for \['t1'\]"),
+            ("image", "BackboneSpec.absent and BackboneSpec.call"),
+        ],
+    )
+    def test_images_that_do_not_fit_say_what_would(self, x: Any, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            split(x, M)
+
+    def test_backbones_with_lists_mappings_and_separate_arguments_give_the_same_loss(self) -> None:
+        class Listed(MeanNet):
+            def forward(self, images: Any, mask: Tensor) -> Any:  # type: ignore[override]
+                values = [images[name] for name in M] if isinstance(images, dict) else list(images)
+                return super().forward(torch.cat(values, 1), mask)
+
+        class Apart(MeanNet):
+            def forward(self, a: Tensor, b: Tensor, c: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+                return super().forward(torch.cat([a, b, c], 1), mask)
+
+        net, listed, apart = MeanNet(M), Listed(M), Apart(M)
+        for other in (listed, apart):
+            other.load_state_dict(net.state_dict())
+        x, mask, y = batch(MIXED)
+        wanted = loss_of(wrap(net), x, mask, target=y)
+        parts = x.split(1, dim=1)
+        for students in ("replay", "rerun"):
+            assert loss_of(wrap(listed, students=students), list(parts), mask, target=y) == pytest.approx(wanted)
+            named = dict(zip(M, parts, strict=True))
+            assert loss_of(wrap(listed, students=students), named, mask, target=y) == pytest.approx(wanted)
+            by_place = wrap(apart, students=students, input_argument=(0, 1, 2), mask_argument=3)
+            assert loss_of(by_place, *parts, mask, target=y) == pytest.approx(wanted)
+            by_name = wrap(apart, students=students, input_argument=("a", "b", "c"), mask_argument="mask")
+            found = loss_of(by_name, parts[0], b=parts[1], c=parts[2], mask=mask, target=y)
+            assert found == pytest.approx(wanted)
