@@ -38,7 +38,7 @@ from passion_plugin import (
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
 from passion_plugin.losses import dice_loss, weighted_cross_entropy
 
-__all__ = ["Run", "compare", "criterion", "main", "table", "train"]
+__all__ = ["Run", "compare", "criterion", "main", "parse", "run", "table", "train", "write"]
 
 
 @dataclass(frozen=True)
@@ -269,8 +269,8 @@ def write(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, 
     print(f"\n{caption}\n\n{text}\nTables and pictures are in {out}/")
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
-    """Parse the command line and run."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__.splitlines()[0] if __doc__ else None
     )
@@ -295,7 +295,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     )
     options = parser.parse_args(arguments)
     if options.smoke:
-        options.steps, options.patch = 4, 16
+        options.steps, options.patch = min(options.steps, 4), 16
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
+    """Parse the command line and run."""
+    options = parse(arguments)
     cohort = load_cohort(options.data, seed=options.seed, fold=options.fold, smoke=options.smoke)
     return compare(cohort, options)
 

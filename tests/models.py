@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from passion_plugin.backbone import BackboneSpec
 
-__all__ = ["NAMES", "DeepNet", "MeanNet", "NoMaskNet", "batch", "copies_gradients", "gradients", "spec_of"]
+__all__ = ["NAMES", "DeepNet", "MeanNet", "NoMaskNet", "batch", "copies_gradients", "spec_of"]
 
 NAMES = ("flair", "t1ce", "t1", "t2", "pd", "dwi")
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -28,6 +28,11 @@ class MeanNet(nn.Module):
         returns: ``"tensor"``, ``"tuple"`` or ``"dict"``.
     """
 
+    names: tuple[str, ...]
+    encoders: Any
+    decoder: Any
+    classifier: Any
+
     def __init__(
         self,
         modalities: Sequence[str],
@@ -44,10 +49,7 @@ class MeanNet(nn.Module):
         self.names = tuple(modalities)
         self.returns = returns
         self.encoders = nn.ModuleDict(
-            {
-                name: nn.Sequential(conv(1, width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True))
-                for name in self.names
-            }
+            {name: nn.Sequential(conv(1, width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True)) for name in self.names}
         )
         batch_norm = nn.BatchNorm2d if ndim == 2 else nn.BatchNorm3d
         self.decoder = nn.Sequential(
@@ -103,6 +105,8 @@ class DeepNet(MeanNet):
 class NoMaskNet(nn.Module):
     """Takes images only; absent modalities are zeros in it."""
 
+    encoders: Any
+
     def __init__(self, modalities: Sequence[str], classes: int = 3) -> None:
         super().__init__()
         self.names = tuple(modalities)
@@ -116,10 +120,10 @@ class NoMaskNet(nn.Module):
         return self.classifier(self.decoder(torch.cat(features, 1)).tanh())
 
 
-def spec_of(net: nn.Module, **changes: Any) -> BackboneSpec:
+def spec_of(net: MeanNet | NoMaskNet, **changes: Any) -> BackboneSpec:
     """What detection would find, without running it."""
     fields: dict[str, Any] = {
-        "encoders": {name: f"encoders.{name}" for name in net.names},  # type: ignore[union-attr]
+        "encoders": {name: f"encoders.{name}" for name in net.names},
         "classifier": "classifier",
         "students": "replay",
     }
@@ -148,15 +152,8 @@ def batch(
     return x, mask, (order % classes).view(len(mask), *spatial)
 
 
-def gradients(module: nn.Module) -> dict[str, Tensor | None]:
-    """Gradient of every parameter by name."""
-    return {name: parameter.grad for name, parameter in module.named_parameters()}
-
-
 def copies_gradients(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the gradients, zeros where there is none; the gradients are reset."""
-    found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
-    }
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
     module.zero_grad(set_to_none=True)
     return found

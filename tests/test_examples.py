@@ -19,7 +19,7 @@ from examples.backbones import BACKBONES, rfnet_spec
 from examples.backbones.blocks import keep_present
 from examples.backbones.uhemis_like import mean_and_variance
 from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort
-from passion_plugin import BackboneSpec, PassionConfig, PassionWrapper
+from passion_plugin import PassionConfig, PassionWrapper, draw_presence
 
 NAMES = ("ct", "pet", "t1")
 SUBSETS = [[True, False, False], [False, True, True], [True, True, True]]
@@ -279,18 +279,20 @@ class TestDemo:
         assert not all(torch.equal(a, b) for a, b in pairs)
 
     def test_the_credit_of_real_data_is_in_the_table_and_regions_are_its_own(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, runs: dict[str, demo.Run], tmp_path: Path
     ) -> None:
-        for name in demo.figures.__all__:
-            monkeypatch.setattr(demo.figures, name, lambda *args, **options: None)
         fake_sts(tmp_path)
-        out = tmp_path / "out"
-        arguments = ["--smoke", "--data", str(tmp_path), "--fold", "1", "--out", str(out)]
-        results = demo.main(arguments)["plain"].results
-        assert results.samples == ("sts_001", "sts_003")
-        assert results.targets == ("GTV",)
-        assert len(results.subsets) == 7
-        assert "CC BY 3.0" in (out / "table.md").read_text()
+        cohort = sts_cohort(tmp_path, 1)
+        presence = draw_presence(cohort.train.ids, dict.fromkeys(cohort.modalities, 0.3), seed=0)
+        options = demo.parse(["--smoke", "--out", str(tmp_path / "out"), "--steps", "1"])
+        plain = demo.run(cohort, presence, options, passion=False)
+        demo.write(cohort, presence, options, {"plain": plain, "PASSION": plain})
+        assert plain.results.samples == ("sts_001", "sts_003")
+        assert plain.results.targets == ("GTV",)
+        assert len(plain.results.subsets) == 7
+        table = (tmp_path / "out" / "table.md").read_text()
+        assert "CC BY 3.0" in table
+        assert "+0.0 ± 0.0" in table
 
 
 def batches(steps: int) -> list[dict[str, torch.Tensor]]:
@@ -334,9 +336,9 @@ def test_all_weights_zero_is_the_plain_run_bit_for_bit() -> None:
 
     plain = trained(None)
     zero = trained(wrapper(pixel_weight=0, prototype_weight=0, unimodal_weight=0))
-    default = trained(wrapper())
+    untrained = network("uhemis").parameters()
     assert all(torch.equal(a, b) for a, b in zip(plain, zero, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(plain, default, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, untrained, strict=True))
 
 
 def test_auxiliary_outputs_are_supervised_where_their_modality_is_present() -> None:
@@ -353,22 +355,20 @@ def test_auxiliary_outputs_are_supervised_where_their_modality_is_present() -> N
     assert float(demo.criterion(logits, labels, mask)) == pytest.approx(float(loss(logits, labels).mean()))
 
 
-def test_rfnet_spec_adds_the_coarse_outputs_to_what_detection_finds() -> None:
-    model = network("rfnet")
-    batch = batches(1)[0]
-    found = BackboneSpec.detect(model, batch["image"], batch["mask"], modalities=NAMES)
-    spec = rfnet_spec(NAMES)
-    assert spec.encoders == found.encoders
-    assert spec.classifier == found.classifier
-    losses = {}
-    for name, each in (("with", spec), ("without", spec.replaced(coarse=()))):
-        wrapped = PassionWrapper(model, modalities=NAMES, missing_rates=dict.fromkeys(NAMES, 0.2), spec=each)
+def test_rfnet_spec_agrees_with_detection_and_adds_the_coarse_outputs() -> None:
+    model, batch = network("rfnet"), batches(1)[0]
+    terms = {}
+    for name, spec in (("by hand", rfnet_spec(NAMES)), ("detected", None)):
+        rates = dict.fromkeys(NAMES, 0.2)
+        wrapped = PassionWrapper(model, modalities=NAMES, missing_rates=rates, spec=spec)
         wrapped(batch["image"], batch["mask"])
         wrapped.passion_loss(batch["label"])
-        losses[name] = wrapped.loss_terms().pixel
+        terms[name] = wrapped.loss_terms()
         wrapped.unwrap()
-    active = batch["mask"]
-    assert (losses["with"][active] > losses["without"][active]).all()
+    by_hand, detected = terms["by hand"], terms["detected"]
+    assert torch.equal(by_hand.active, batch["mask"])
+    assert torch.equal(by_hand.distance, detected.distance)
+    assert (by_hand.pixel > detected.pixel)[by_hand.active].all()
 
 
 def test_three_lines_train() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import NAMES, MeanNet, batch, copies_gradients, spec_of
 from torch.nn import functional as F
 
+from models import NAMES, MeanNet, batch, copies_gradients, spec_of
 from passion_plugin import BackboneError, ConfigError, InputError, PassionWrapper, UnimodalHead
 from passion_plugin.testing import references
 
@@ -21,9 +21,7 @@ def wrap(net: MeanNet, **options: Any) -> PassionWrapper:
     ndim = 2 if isinstance(net.classifier, torch.nn.Conv2d) else 3
     x, mask, _ = batch([[1, 1, 1]] * 2, ndim=ndim)
     example = {"example_input": x.to(net.classifier.weight.dtype), "example_mask": mask, **options}
-    return PassionWrapper(
-        net, M, missing_rates=(0.2, 0.5, 0.75), spec=spec_of(net, students="heads"), **example
-    )
+    return PassionWrapper(net, M, missing_rates=(0.2, 0.5, 0.75), spec=spec_of(net, students="heads"), **example)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -95,8 +93,8 @@ def test_heads_exist_before_the_optimizer_and_travel_with_the_model() -> None:
     assert sum(name.startswith("heads.") for name in names) == 3 * 6
     assert not any(name.startswith("heads.") for name, _ in model.backbone.named_parameters())
     other = copy.deepcopy(model)
-    other.heads[2].classifier.weight.data.zero_()  # type: ignore[union-attr, operator]
-    assert model.heads[2].classifier.weight.any()  # type: ignore[union-attr, operator]
+    other.get_parameter("heads.2.classifier.weight").data.zero_()
+    assert model.get_parameter("heads.2.classifier.weight").any()
 
 
 def test_heads_train() -> None:
@@ -134,9 +132,7 @@ def test_heads_of_modalities_whose_names_look_alike_stay_apart() -> None:
     assert len(model.heads) == 2
     model(x, mask, passion_target=y)[1].backward()
     spec = spec_of(net, students="heads", encoders={"t.1": "encoders.a", "t_1": "encoders.b"})
-    model = PassionWrapper(
-        net, ("t.1", "t_1"), missing_rates=(0.1, 0.1), spec=spec, example_input=x, example_mask=mask
-    )
+    model = PassionWrapper(net, ("t.1", "t_1"), missing_rates=(0.1, 0.1), spec=spec, example_input=x, example_mask=mask)
     assert len(model.heads) == 2
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
 from passion_plugin import ConfigError, PassionConfig, PassionWrapper
 from passion_plugin.modulation import EncoderModulation, scale_gradient, tied_encoders
 
@@ -22,10 +22,8 @@ BETA = torch.tensor([0.25, 1.5, 2.0], dtype=torch.float64)
 RARITY = torch.tensor([1.25, 2.0, 4.0], dtype=torch.float64)
 
 
-def wrap(net: nn.Module, beta: Tensor | None = BETA, **config: Any) -> PassionWrapper:
-    model = PassionWrapper(
-        net, M, missing_rates=(0.2, 0.5, 0.75), spec=spec_of(net), config=PassionConfig(**config)
-    )
+def wrap(net: MeanNet, beta: Tensor | None = BETA, **config: Any) -> PassionWrapper:
+    model = PassionWrapper(net, M, missing_rates=(0.2, 0.5, 0.75), spec=spec_of(net), config=PassionConfig(**config))
     if beta is not None:
         state = model.addon_state_dict()
         state["preference"]["beta"] = beta.clone()
@@ -54,7 +52,8 @@ def test_distillation_hooks_equal_explicit_loss_weights_in_encoder_and_decoder(
     # By hand: the same terms without any hook, beta as a weight of the pixel term.
     parts = {}
     for name in ("pixel_weight", "prototype_weight", "unimodal_weight"):
-        weights = {**dict.fromkeys(("pixel_weight", "prototype_weight", "unimodal_weight"), 0.0), name: 1.0}
+        weights: dict[str, Any] = dict.fromkeys(("pixel_weight", "prototype_weight", "unimodal_weight"), 0.0)
+        weights[name] = 1.0
         for column in range(3):
             model = wrap(copy.deepcopy(net), modulation="none", **weights)
             only = (torch.arange(3) == column).tolist()
@@ -87,7 +86,7 @@ def _rarity(weights: list[float]) -> Any:
 def test_official_mode_puts_beta_on_the_unimodal_term_too() -> None:
     net = MeanNet(M).double()
     x, mask, y = batch([[1, 1, 1]], dtype=torch.float64)
-    weights = {"pixel_weight": 0.0, "prototype_weight": 0.0}
+    weights: dict[str, Any] = {"pixel_weight": 0.0, "prototype_weight": 0.0}
     plain = run(wrap(net, mode="official", modulation="none", **weights), x, mask, y, own=False)
     found = run(wrap(net, mode="official", **weights), x, mask, y, own=False)
     default = run(wrap(net, **weights), x, mask, y, own=False)
@@ -207,7 +206,7 @@ def test_frozen_encoder_parameters_get_no_hook() -> None:
     x, mask, y = batch(MIXED)
     found = run(wrap(net, modulation="encoder"), x, mask, y)
     assert not found["encoders.flair.0.weight"].any()
-    assert not net.encoders["flair"][0].weight._backward_hooks  # type: ignore[index, union-attr]
+    assert not net.encoders["flair"][0].weight._backward_hooks
 
 
 def test_tied_encoders_cannot_be_scaled_one_by_one() -> None:
@@ -215,7 +214,7 @@ def test_tied_encoders_cannot_be_scaled_one_by_one() -> None:
     with pytest.raises(ConfigError, match=r"(?s)'distillation'.*'t1' and 't2' share parameters"):
         tied_encoders({"t1": (shared,), "t2": (nn.Sequential(shared),), "pd": (nn.Conv2d(1, 1, 1),)})
     net = MeanNet(M)
-    net.encoders["t1"][0].weight = net.encoders["flair"][0].weight  # type: ignore[index, union-attr]
+    net.encoders["t1"][0].weight = net.encoders["flair"][0].weight
     x, mask, _ = batch(MIXED)
     with pytest.raises(ConfigError, match="'flair' and 't1' share parameters"):
         wrap(net, modulation="encoder")(x, mask)

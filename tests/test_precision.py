@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
 from torch.nn import functional as F
 
+from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
 from passion_plugin import PassionConfig, PassionWrapper
 
 M = NAMES[:3]
@@ -35,9 +35,7 @@ def test_under_autocast_the_losses_are_float32(dtype: torch.dtype, memory: Any, 
         inner = model.passion_loss(y) if inside else None
     loss = inner if inner is not None else model.passion_loss(y)
     assert loss.dtype == torch.float32
-    assert {getattr(model.loss_terms(), name).dtype for name in ("pixel", "prototype", "unimodal")} == {
-        torch.float32
-    }
+    assert {getattr(model.loss_terms(), name).dtype for name in ("pixel", "prototype", "unimodal")} == {torch.float32}
     assert loss.item() == pytest.approx(wanted.item(), rel=0.05)
     (F.nll_loss(prediction[0].float().log(), y) + loss).backward()
     gradients = copies_gradients(net)
@@ -109,8 +107,8 @@ def test_weights_in_bfloat16_train_too() -> None:
     loss = model(x, mask, passion_target=y)[1]
     assert loss.dtype == torch.float32
     loss.backward()
-    assert net.encoders["t1"][0].weight.grad.isfinite().all()  # type: ignore[index, union-attr, operator]
-    assert net.encoders["t1"][0].weight.grad.any()  # type: ignore[index, union-attr, operator]
+    assert net.encoders["t1"][0].weight.grad.isfinite().all()
+    assert net.encoders["t1"][0].weight.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

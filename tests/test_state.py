@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import NAMES, DeepNet, MeanNet, batch, spec_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import NAMES, DeepNet, MeanNet, batch, spec_of
 from passion_plugin import ConfigError, PassionConfig, PassionWrapper, PresenceTable
 
 M = NAMES[:3]
@@ -59,9 +59,7 @@ def stored(state: Any, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("modulation", ["distillation", "encoder"])
-def test_training_that_stops_and_resumes_is_the_same_bit_for_bit(
-    heads: bool, modulation: Any, tmp_path: Path
-) -> None:
+def test_training_that_stops_and_resumes_is_the_same_bit_for_bit(heads: bool, modulation: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = MeanNet(M, norm="batch", dropout=0.2)
     whole = wrap(copy.deepcopy(net), heads=heads, modulation=modulation)
@@ -165,8 +163,8 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed() -> None:
     for nonsense in ({}, model.backbone.state_dict(), None, {"modalities": list(M)}):
         with pytest.raises(ConfigError, match="not an add-on state"):
             model.load_addon_state_dict(nonsense)  # type: ignore[arg-type]
+    broken = {**state, "preference": {**state["preference"], "sums": torch.zeros(7)}}
     with pytest.raises(ConfigError, match="sums has shape"):
-        broken = {**state, "preference": {**state["preference"], "sums": torch.zeros(7)}}
         model.load_addon_state_dict(broken)
     assert torch.equal(model.preference.beta, beta)
 

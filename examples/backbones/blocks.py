@@ -49,15 +49,15 @@ class Encoder(nn.Module):
             ConvBlock(ndim, before, width, stride=1 if level == 0 else 2)
             for level, (before, width) in enumerate(zip(inputs, widths, strict=True))
         )
-        self.refine = nn.ModuleList(ConvBlock(ndim, width, width) for width in widths)
+        # None at full size: it would cost more than all other levels together.
+        self.refine = nn.ModuleList(ConvBlock(ndim, width, width) for width in widths[1:])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of every level."""
-        features: list[Tensor] = []
-        for level, refine in zip(self.levels, self.refine, strict=True):
-            x = level(x)
-            x = x + refine(x)
-            features.append(x)
+        features = [self.levels[0](x)]
+        for down, refine in zip(list(self.levels)[1:], self.refine, strict=True):
+            hidden = down(features[-1])
+            features.append(hidden + refine(hidden))
         return features
 
 

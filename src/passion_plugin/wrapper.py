@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.engine import Passion
+from passion_plugin.errors import UsageError
 from passion_plugin.objective import LossTerms
 from passion_plugin.preference import Preference
 
@@ -114,8 +115,18 @@ class PassionWrapper(nn.Module):
         Returns:
             What the backbone returns; in training with ``passion_target`` the pair of that and the loss, and in
             ``eval()`` or without gradients the pair of that and a zero.
+
+        Raises:
+            UsageError: called on a replica of DataParallel.
+            InputError: the batch is not usable.
+            BackboneError: the first batch shows that the backbone is not.
         """
         if self.passion.should_distil(self.training):
+            if self.passion.backbone is not self.backbone:
+                raise UsageError(
+                    "the backbone of this wrapper is not the one that was wrapped: a replica of DataParallel (use "
+                    "DistributedDataParallel), or it was replaced (wrap the new one)"
+                )
             return self.passion.train_forward(args, kwargs, passion_target, passion_presence)
         return self.passion.bare_result(self.backbone(*args, **kwargs), passion_target)
 

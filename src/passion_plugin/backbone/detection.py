@@ -50,20 +50,17 @@ class Detection:
     def alternatives(self) -> list[Encoders]:
         """Return smaller sets of modules, to try where replaying :attr:`encoders` is not exact.
 
-        First one level further down (a module that leaves its skips on itself has to run, its parts need
-        not), then without the last, the second to last, … module of every modality's private path, then
-        without one module at a time.
+        First without the last, the second to last, … module of every modality's private path (it may lie
+        behind the mask), then one level further down (a module that leaves its skips on itself has to run,
+        its parts need not), then without one module at a time.
         """
         outer = _outermost(self.private)
-        inner = [name for name in self.private if name not in outer]
-        sets = [_outermost(inner)] if inner else []
         ranks: dict[int, list[str]] = defaultdict(list)
         for names in self._grouped(outer).values():
             for rank, name in enumerate(names):
                 ranks[rank].append(name)
-        if len(ranks) > 1:
-            sets += [[name for name in outer if name not in ranks[rank]] for rank in sorted(ranks, reverse=True)]
-            sets += [list(ranks[0])]
+        sets = [[name for name in outer if name not in ranks[rank]] for rank in sorted(ranks, reverse=True)]
+        sets += [ranks[0], _outermost([name for name in self.private if name not in outer])]
         if len(outer) <= 2 * len(self.modalities):
             sets += [[name for name in outer if name != dropped] for dropped in outer]
         unique = dict.fromkeys(tuple(names) for names in sets if names and names != outer)

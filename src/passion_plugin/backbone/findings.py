@@ -104,10 +104,7 @@ class Report:
         yield "problems", _numbered(self.problems)
         yield "warnings", _numbered(self.warnings)
         yield "encoders", self._encoders()
-        yield (
-            "shared",
-            (self.shared and f"called for one modality after the other: {', '.join(self.shared)}") or "",
-        )
+        yield "shared", f"one modality after the other: {', '.join(self.shared)}" if self.shared else ""
         yield "classifier", self._classifier()
         yield "call", self.convention
         yield "mask columns", self._columns()
@@ -143,9 +140,8 @@ class Report:
         numbers = zip(self.modalities, self.mask.own, self.mask.leak, strict=False)
         for k, (name, own, leak) in enumerate(numbers):
             shown = [self.modalities[m] for m in self.mask.columns.get(k, ())] or [name] * (not own <= EFFECT)
-            line = f"{k} ({name}) switches {', '.join(shown) or 'nothing'}: "
-            line += f"its own content changes the prediction by {_number(own)}, hidden content by {_number(leak)}"
-            lines.append(line)
+            line = f"column {k} switches {', '.join(shown) or 'nothing'}"
+            lines.append(f"{line} (effect of own content {_number(own)}, of hidden content {_number(leak)})")
         if not self.mask.has_effect and lines:
             lines.append("the mask has no effect at all")
         return "\n".join([*lines, self.mask.failure] if self.mask.failure else lines)
@@ -163,9 +159,7 @@ class Report:
             reason = f", but {self.replay_failures[what]}" if what in self.replay_failures else ""
             lines.append(f"{what}: {verdict}, relative difference from a true run {_number(error)}{reason}")
         lines += [
-            f"{what}: {reason}"
-            for what, reason in self.replay_failures.items()
-            if what not in self.replay_errors
+            f"{what}: {reason}" for what, reason in self.replay_failures.items() if what not in self.replay_errors
         ]
         return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"{len(lines) - 5} more", lines[-1]])
 

@@ -138,12 +138,12 @@ def _examine(
             report.problem(text)
         if unclear:
             return report
+        called = Interface(absent=interface.absent, call=interface.call) if through_call else interface
+        probe = Probe(backbone, call, report.modalities, called, through_call=through_call)
         report.lazy = tuple(lazy_parameters(backbone))
         if report.lazy:
             with untouched_modes(backbone), torch.no_grad():
                 known["call"](backbone, *call.args) if through_call else backbone(*call.args, **call.kwargs)
-        called = Interface(absent=interface.absent, call=interface.call) if through_call else interface
-        probe = Probe(backbone, call, report.modalities, called, through_call=through_call)
         with sandbox(backbone):
             Examination(report, probe, interface, known, searching=searching).run()
     except PassionError as error:

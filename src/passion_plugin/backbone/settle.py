@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.presets import find_preset, preset
 from passion_plugin.backbone.report import examine_call
+from passion_plugin.backbone.sandbox import sandbox
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems
@@ -20,6 +23,10 @@ from passion_plugin.modulation import tied_encoders
 from passion_plugin.passes import fused_pass
 
 __all__ = ["check_setup", "example_call", "example_heads", "initial_spec", "settled_backbone"]
+
+# Sizes to try for the checks; half of the smaller one leaves a single voxel at the bottom of a network of five
+# levels, which instance normalisation refuses.
+_CHECK_SIZES = (32, 64)
 
 
 def check_setup(backbone: Any, modalities: tuple[Any, ...], config: Any) -> None:
@@ -74,7 +81,7 @@ def settled_backbone(
         ConfigError: the configuration asks for something that this backbone cannot do.
     """
     if spec is None or spec.students == "auto":
-        report = examine_call(backbone, call, modalities, spec=spec)
+        report = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec)
         report.raise_problems()
         spec = report.spec
         assert spec is not None
@@ -101,6 +108,29 @@ def example_call(example_input: Any, example_mask: Any, spec: BackboneSpec | Non
     several = spec is not None and not isinstance(spec.input_argument, (int, str))
     images = tuple(example_input) if several else (example_input,)
     return BackboneCall(images if example_mask is None else (*images, example_mask), {})
+
+
+def _smaller(backbone: nn.Module, call: BackboneCall) -> BackboneCall:
+    """Return the call with its images cropped, if the backbone takes that: the checks need some forty passes."""
+    leaves = [leaf for leaf in tree_flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, Tensor)]
+    spatial = max((tuple(leaf.shape[2:]) for leaf in leaves if leaf.ndim > 3), key=len, default=())
+
+    def crop(leaf: Any, size: int) -> Any:
+        if not isinstance(leaf, Tensor) or tuple(leaf.shape[2:]) != spatial:
+            return leaf
+        return leaf[(..., *(slice(size) for _ in spatial))]
+
+    for size in _CHECK_SIZES:
+        if not spatial or max(spatial) <= size:
+            break
+        args, kwargs = tree_map(partial(crop, size=size), (call.args, dict(call.kwargs)))
+        try:
+            with sandbox(backbone):
+                backbone(*args, **kwargs)
+        except Exception:  # whatever a backbone raises for a size it was not made for
+            continue
+        return BackboneCall(args, kwargs)
+    return call
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,16 +45,25 @@ def gradient_paths(probe: Probe, spec: BackboneSpec) -> GradientPaths:
         spec: with encoders and classifier.
     """
     found = GradientPaths()
-    # Bound as a re-run: a record without gradient is to be understood here, not to raise.
+    # Bound as a re-run: features without gradient are to be understood here, not to raise.
     bound = probe.bind(spec.replaced(students="rerun"))
-    names = {module: name for module, name in _named(bound.encoders, spec)}
     assert bound.classifier is not None
-    without = []
+    names = {
+        module: name
+        for modality, modules in bound.encoders.items()
+        for module, name in zip(modules, spec.encoders[modality], strict=True)
+    }
+    without_mode: list[nn.Module] = []
+    outputs: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
     def listen(module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            without.append(module)
-        return forward(*args, **kwargs)
+            without_mode.append(module)
+        output = forward(*args, **kwargs)
+        outputs[module] += [
+            leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        return output
 
     handlers = {module: functools.partial(listen, module) for module in (*names, bound.classifier)}
     presence = probe.presence()
@@ -69,16 +79,14 @@ def gradient_paths(probe: Probe, spec: BackboneSpec) -> GradientPaths:
         return found
     finally:
         probe.backbone.eval()
-    outputs = [fused.prediction.logits, prediction_of(fused.raw)]
-    if without and any(_passes_checkpoint(output) for output in outputs):
-        names.setdefault(bound.classifier, spec.classifier)
-        found.reentrant = list(dict.fromkeys(names[module] for module in without))
+    ends = (fused.prediction.logits, prediction_of(fused.raw))
+    if without_mode and any(_passes_checkpoint(end) for end in ends):
+        named = {**names, bound.classifier: spec.classifier}
+        found.reentrant = list(dict.fromkeys(named[module] for module in without_mode))
         return found
-    for module, name in _named(bound.encoders, spec):
-        leaves = tree_leaves(fused.record.outputs[module])
-        floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    for module, name in names.items():
         learns = any(parameter.requires_grad for parameter in module.parameters())
-        if learns and floating and not any(leaf.requires_grad for leaf in floating):
+        if learns and outputs[module] and not any(leaf.requires_grad for leaf in outputs[module]):
             found.cut.append(name)
     return found
 
@@ -181,12 +189,6 @@ def _gradient(logits: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         for parameter, gradient in zip(parameters, found, strict=True)
     ]
     return torch.cat([gradient.flatten().double() for gradient in flat])
-
-
-def _named(encoders: dict[str, tuple[nn.Module, ...]], spec: BackboneSpec) -> list[tuple[nn.Module, str]]:
-    return [
-        pair for modality, modules in encoders.items() for pair in zip(modules, spec.encoders[modality], strict=True)
-    ]
 
 
 def _passes_checkpoint(tensor: Tensor) -> bool:
