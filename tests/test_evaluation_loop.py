@@ -103,9 +103,7 @@ def test_nan_in_an_absent_modality_changes_nothing() -> None:
         return torch.stack([torch.zeros_like(x[:, 0]), x.sum(1)], dim=1)
 
     subsets = ["flair", "t1", "flair+t1"]
-    assert (
-        run(naive, [(spoiled, label)], subsets=subsets).rows == run(naive, [(x, label)], subsets=subsets).rows
-    )
+    assert run(naive, [(spoiled, label)], subsets=subsets).rows == run(naive, [(x, label)], subsets=subsets).rows
 
 
 def test_nan_in_the_scores_raises_and_names_subset_and_samples() -> None:
@@ -144,9 +142,7 @@ def test_the_random_state_of_a_running_training_is_left_alone() -> None:
 
 def test_results_do_not_depend_on_the_batch_size() -> None:
     x, label = data(5)
-    rows = [
-        run(loader=DataLoader(list(zip(x, label, strict=True)), batch_size=size)).rows for size in (1, 2, 5)
-    ]
+    rows = [run(loader=DataLoader(list(zip(x, label, strict=True)), batch_size=size)).rows for size in (1, 2, 5)]
     assert rows[0] == rows[1] == rows[2]
 
 
@@ -196,9 +192,7 @@ def test_loader_forms_give_the_same_rows() -> None:
     assert run(loader=[[x, label]]).rows == expected
     assert run(loader=[item(x, label, mask=full, id=torch.arange(2))]).rows == expected
     assert (
-        run(
-            loader=[item(x.numpy(), label.numpy())], batch=lambda b: (torch.as_tensor(b["image"]), b["label"])
-        ).rows
+        run(loader=[item(x.numpy(), label.numpy())], batch=lambda b: (torch.as_tensor(b["image"]), b["label"])).rows
         == expected
     )
     assert run(loader=[{"scan": x, "seg": label}], batch=lambda b: (b["scan"], b["seg"])).rows == expected
@@ -246,9 +240,7 @@ def test_regions_and_both_metrics_end_up_in_the_rows() -> None:
         found[0, 1, 4] = 1
         return nn.functional.one_hot(found, 4).movedim(-1, 1).float()
 
-    results = run(
-        constant, [item(x, label, spacing=[(2.0, 0.5)])], regions=BRATS_REGIONS, hd95=True, subsets="t1"
-    )
+    results = run(constant, [item(x, label, spacing=[(2.0, 0.5)])], regions=BRATS_REGIONS, hd95=True, subsets="t1")
     values = {(row.metric, row.target): (row.value, row.status) for row in results.rows}
     assert values["dice", "WT"] == (0.0, "ok")
     assert values["dice", "ET"] == (0.0, "one empty")

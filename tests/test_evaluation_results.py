@@ -37,8 +37,7 @@ def small() -> SubsetResults:
 def both_metrics() -> SubsetResults:
     dice = small()
     rows = [
-        row._replace(metric="hd95", value=None if row.status == "missing" else 10 / 3, status="ok")
-        for row in dice.rows
+        row._replace(metric="hd95", value=None if row.status == "missing" else 10 / 3, status="ok") for row in dice.rows
     ]
     return SubsetResults(dice.modalities, (*dice.rows, *rows), {"dice": DICE, "hd95": HD95})
 
@@ -46,9 +45,7 @@ def both_metrics() -> SubsetResults:
 def shifted(by: float) -> SubsetResults:
     """The same rows, the values of sample a moved."""
     base = small()
-    rows = [
-        r._replace(value=r.value + by) if r.value is not None and r.sample == "a" else r for r in base.rows
-    ]
+    rows = [r._replace(value=r.value + by) if r.value is not None and r.sample == "a" else r for r in base.rows]
     return SubsetResults(base.modalities, tuple(rows), base.conventions)
 
 

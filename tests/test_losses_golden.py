@@ -30,9 +30,7 @@ def differ(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() > 1e-6)
 
 
-def value_and_gradient(
-    loss: Callable[[Tensor], Tensor], point: Tensor, upstream: Tensor
-) -> tuple[Tensor, Tensor]:
+def value_and_gradient(loss: Callable[[Tensor], Tensor], point: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     leaf = point.clone().requires_grad_()
     value = loss(leaf)
     (gradient,) = torch.autograd.grad((value * upstream).sum(), leaf)
@@ -98,9 +96,7 @@ def test_default_dice_is_the_official_dice(golden: Golden, batch: str) -> None:
 
 
 @pytest.mark.parametrize("batch", ["b1", "b1_absent", "b2"])
-def test_default_prototypes_are_official_where_all_samples_have_the_same_classes(
-    golden: Golden, batch: str
-) -> None:
+def test_default_prototypes_are_official_where_all_samples_have_the_same_classes(golden: Golden, batch: str) -> None:
     figures = golden(f"prototype_{batch}")
     loss, gradient, distance = prototype(figures, "default")
     assert_close(loss, figures["loss"])
@@ -138,9 +134,7 @@ def test_default_pixel_distillation_is_official_where_no_probability_is_clamped(
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_default_pixel_distillation_compares_coarse_outputs_at_their_own_resolution(
-    golden: Golden, batch: str
-) -> None:
+def test_default_pixel_distillation_compares_coarse_outputs_at_their_own_resolution(golden: Golden, batch: str) -> None:
     figures = golden(f"pixel_{batch}_up2")
     coarse, fine = pixel(figures), pixel(figures, scale_factor=1)
     for one, other in zip(coarse, fine, strict=True):

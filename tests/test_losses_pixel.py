@@ -45,9 +45,7 @@ def pairs(draw: st.DrawFn, *, batch: tuple[int, int] = (1, 3), scale: float = 10
 @each_setting
 @settings(max_examples=15)
 @given(pair=pairs(), temperature=temperatures)
-def test_equals_its_reference(
-    setting: dict[str, str], pair: tuple[Tensor, Tensor], temperature: float
-) -> None:
+def test_equals_its_reference(setting: dict[str, str], pair: tuple[Tensor, Tensor], temperature: float) -> None:
     bound = {"temperature": temperature, **setting}
     loss, reference = partial(pixel_distillation, **bound), partial(references.pixel_distillation, **bound)
     assert_matches_reference(loss, reference, *pair)
@@ -89,17 +87,13 @@ def test_official_is_zero_at_teacher_where_nothing_is_clamped(teacher: Tensor) -
 def test_official_pushes_a_student_that_equals_a_clamped_teacher() -> None:
     teacher = torch.tensor([3.0, 0.0, -9.0], dtype=torch.float64).view(1, 3, 1, 1)
     with pytest.raises(AssertionError, match="gradient at student = teacher"):
-        assert_zero_at_teacher(
-            partial(pixel_distillation, temperature=1.0, mode="official"), teacher, atol=1e-6
-        )
+        assert_zero_at_teacher(partial(pixel_distillation, temperature=1.0, mode="official"), teacher, atol=1e-6)
 
 
 @default_settings
 @settings(max_examples=15)
 @given(pair=pairs(scale=100.0), temperature=temperatures)
-def test_default_divergence_is_never_negative(
-    outputs: str, pair: tuple[Tensor, Tensor], temperature: float
-) -> None:
+def test_default_divergence_is_never_negative(outputs: str, pair: tuple[Tensor, Tensor], temperature: float) -> None:
     assert_nonnegative(partial(pixel_distillation, temperature=temperature, outputs=outputs), *pair)
 
 
@@ -167,9 +161,7 @@ def test_one_region_is_half_of_two_classes() -> None:
     # softmax over (0, z) is sigmoid(z); the mean runs over one region instead of two classes.
     student, teacher = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64)
     two = [torch.cat((torch.zeros_like(z), z), 1) for z in (student, teacher)]
-    torch.testing.assert_close(
-        pixel_distillation(student, teacher, outputs="sigmoid"), 2 * pixel_distillation(*two)
-    )
+    torch.testing.assert_close(pixel_distillation(student, teacher, outputs="sigmoid"), 2 * pixel_distillation(*two))
 
 
 @default_settings

@@ -42,9 +42,7 @@ class Samples(Dataset[Any]):
 
 @pytest.mark.parametrize("form", ["tuple", "list", "image", "dict", "numpy", "reversed"])
 @pytest.mark.parametrize("index", [0, 1, 2, -1])
-def test_absent_channels_are_zero_present_ones_untouched_and_the_mask_says_which(
-    form: str, index: int
-) -> None:
+def test_absent_channels_are_zero_present_ones_untouched_and_the_mask_says_which(form: str, index: int) -> None:
     inner = Samples(form)
     item = IncompleteDataset(inner, TABLE)[index]
     if isinstance(item, dict):
@@ -180,8 +178,6 @@ def test_blank_missing_lets_no_gradient_into_absent_channels() -> None:
         (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), "spatial"),
     ],
 )
-def test_blank_missing_refuses_what_does_not_fit(
-    images: torch.Tensor, presence: torch.Tensor, match: str
-) -> None:
+def test_blank_missing_refuses_what_does_not_fit(images: torch.Tensor, presence: torch.Tensor, match: str) -> None:
     with pytest.raises(InputError, match=match):
         blank_missing(images, presence)

@@ -224,8 +224,7 @@ def test_repair_touches_no_more_samples_than_it_must() -> None:
     table = draw_presence(4000, RATES, seed=0)
     single = (table.presence.sum(axis=1) == 1).mean()
     independent = sum(
-        (1 - rate) * math.prod(other for name, other in RATES.items() if name != own)
-        for own, rate in RATES.items()
+        (1 - rate) * math.prod(other for name, other in RATES.items() if name != own) for own, rate in RATES.items()
     )
     assert independent + 0.0384 - 0.02 < single < independent + 2 * 0.0384 + 0.02
 

@@ -136,9 +136,7 @@ def test_all_bad_rows_are_reported_with_line_numbers_but_not_without_end(tmp_pat
         read_split_csv(write(tmp_path / "split.csv", *['c,2,"[no]",[1]'] * 500), NAMES)
 
 
-@pytest.mark.parametrize(
-    "header", ["", "name,mask_id,mask,pos_mask_ids\n", "data_name;mask_id;mask;pos_mask_ids\n"]
-)
+@pytest.mark.parametrize("header", ["", "name,mask_id,mask,pos_mask_ids\n", "data_name;mask_id;mask;pos_mask_ids\n"])
 def test_other_headers_are_refused(tmp_path: Path, header: str) -> None:
     with pytest.raises(ConfigError, match=r"the header is .* need data_name,mask_id,mask,pos_mask_ids"):
         read_split_csv(write(tmp_path / "split.csv", header=header), NAMES)
@@ -149,9 +147,7 @@ def test_repeated_sample_and_modality_nobody_has_are_refused(tmp_path: Path) -> 
         read_split_csv(write(tmp_path / "split.csv", ROWS[0], ROWS[0]), NAMES)
 
 
-@pytest.mark.parametrize(
-    "names", [("ct", "pet", "t1"), ("a", "b", "c", "d", "e"), ("a", "a", "b", "c"), "abcd"]
-)
+@pytest.mark.parametrize("names", [("ct", "pet", "t1"), ("a", "b", "c", "d", "e"), ("a", "a", "b", "c"), "abcd"])
 def test_format_is_for_four_named_modalities_only(tmp_path: Path, names: tuple[str, ...]) -> None:
     path = write(tmp_path / "split.csv", *ROWS)
     with pytest.raises(ConfigError, match=r"exactly four|more than once|one string"):

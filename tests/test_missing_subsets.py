@@ -114,9 +114,7 @@ def test_drop_over_sizes_draws_every_number_and_every_modality_equally_often() -
     sizes = torch.bincount(kept.sum(1), minlength=4)[1:].double() / 6000
     torch.testing.assert_close(sizes, torch.full((3,), 1 / 3, dtype=torch.float64), atol=0.025, rtol=0)
     singles = kept[kept.sum(1) == 1].double().mean(0)
-    torch.testing.assert_close(
-        singles, torch.tensor([1 / 3, 1 / 3, 0, 1 / 3], dtype=torch.float64), atol=0.045, rtol=0
-    )
+    torch.testing.assert_close(singles, torch.tensor([1 / 3, 1 / 3, 0, 1 / 3], dtype=torch.float64), atol=0.045, rtol=0)
 
 
 def test_rows_are_dropped_independently() -> None:

@@ -52,9 +52,7 @@ def test_official_mode_reproduces_gates_beta_and_eta_of_the_published_code(golde
             assert torch.equal(estimator.gate(distance, presence)[0], data["gate"][epoch, sample])
             estimator.update(distance, presence)
         preference = estimator.end_epoch()
-        torch.testing.assert_close(
-            preference.relative_preference, data["rp_epoch"][epoch], rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(preference.relative_preference, data["rp_epoch"][epoch], rtol=0, atol=1e-10)
         torch.testing.assert_close(preference.beta, data["beta"][epoch], rtol=0, atol=1e-10)
         torch.testing.assert_close(estimator.beta, data["beta"][epoch], rtol=0, atol=1e-10)
         assert preference.eta == pytest.approx(float(data["eta"][epoch]), abs=1e-15)
@@ -232,9 +230,7 @@ def test_distances_of_zero_change_nothing(mode: str) -> None:
     ("feed", "advice"),
     [(None, "Compute the PASSION loss of every training batch"), ([[0.0, 0.0]], "single modality")],
 )
-def test_empty_epoch_warns_once_keeps_beta_and_is_flagged(
-    feed: list[list[float]] | None, advice: str
-) -> None:
+def test_empty_epoch_warns_once_keeps_beta_and_is_flagged(feed: list[list[float]] | None, advice: str) -> None:
     estimator = PreferenceEstimator(("a", "b"))
     if feed is not None:
         estimator.update(torch.tensor(feed), torch.tensor([[True, False]]))
@@ -256,9 +252,7 @@ def test_empty_epoch_warns_once_keeps_beta_and_is_flagged(
     eta=st.floats(0, 50),
     beta_min=st.floats(0.01, 1),
 )
-def test_default_beta_keeps_norm_and_floor_for_any_step_size(
-    seed: int, size: int, eta: float, beta_min: float
-) -> None:
+def test_default_beta_keeps_norm_and_floor_for_any_step_size(seed: int, size: int, eta: float, beta_min: float) -> None:
     names = [str(index) for index in range(size)]
     estimator = PreferenceEstimator(names, eta=eta, beta_min=beta_min)
     for distance, presence in random_batches(6, size=size, seed=seed):

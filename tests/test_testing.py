@@ -175,15 +175,11 @@ class TestAssertMatchesReference:
 
     def test_fails_on_a_wrong_shape(self) -> None:
         with pytest.raises(AssertionError, match="shape"):
-            testing.assert_matches_reference(
-                lambda s, t: squared(s, t).mean(), squared_reference, STUDENT, TEACHER
-            )
+            testing.assert_matches_reference(lambda s, t: squared(s, t).mean(), squared_reference, STUDENT, TEACHER)
 
     def test_fails_on_a_missing_output(self) -> None:
         with pytest.raises(AssertionError, match="1 outputs instead of 2"):
-            testing.assert_matches_reference(
-                squared, lambda s, t: (squared_reference(s, t),) * 2, STUDENT, TEACHER
-            )
+            testing.assert_matches_reference(squared, lambda s, t: (squared_reference(s, t),) * 2, STUDENT, TEACHER)
 
     @pytest.mark.parametrize("fault", ["detached", "half", "one sample"])
     def test_fails_on_a_wrong_gradient_behind_a_right_value(self, fault: str) -> None:
@@ -204,9 +200,7 @@ class TestAssertZeroAtTeacher:
 
     def test_fails_on_cross_entropy(self) -> None:
         with pytest.raises(AssertionError, match="not zero at student = teacher"):
-            testing.assert_zero_at_teacher(
-                lambda s, t: -(t.softmax(1) * s.log_softmax(1)).flatten(1).sum(1), TEACHER
-            )
+            testing.assert_zero_at_teacher(lambda s, t: -(t.softmax(1) * s.log_softmax(1)).flatten(1).sum(1), TEACHER)
 
     def test_fails_on_a_zero_with_a_slope(self) -> None:
         with pytest.raises(AssertionError, match="gradient at student = teacher"):
@@ -223,9 +217,7 @@ class TestAssertNoGradientToTeacher:
 
     def test_fails_on_an_attached_teacher(self) -> None:
         with pytest.raises(AssertionError, match="teacher gets a gradient"):
-            testing.assert_no_gradient_to_teacher(
-                lambda s, t: (s - t).square().flatten(1).mean(1), STUDENT, TEACHER
-            )
+            testing.assert_no_gradient_to_teacher(lambda s, t: (s - t).square().flatten(1).mean(1), STUDENT, TEACHER)
 
     def test_fails_on_a_detached_student(self) -> None:
         with pytest.raises(AssertionError, match="student gets no gradient"):
@@ -238,9 +230,7 @@ class TestAssertBatchIndependent:
 
     def test_fails_on_a_mean_over_the_batch(self) -> None:
         with pytest.raises(AssertionError, match="depends on its batch"):
-            testing.assert_batch_independent(
-                lambda s, t: squared(s, t) - 0.1 * squared(s, t).mean(), STUDENT, TEACHER
-            )
+            testing.assert_batch_independent(lambda s, t: squared(s, t) - 0.1 * squared(s, t).mean(), STUDENT, TEACHER)
 
     def test_fails_on_a_loss_that_is_reduced_already(self) -> None:
         with pytest.raises(AssertionError, match=r"shape \(\) instead of one value for each of 3 samples"):
@@ -280,9 +270,7 @@ class TestAssertClassPermutationInvariant:
 
     def test_fails_where_the_background_is_left_out(self) -> None:
         with pytest.raises(AssertionError, match="changes when class k becomes"):
-            testing.assert_class_permutation_invariant(
-                lambda s, t: squared(s[:, 1:], t[:, 1:]), None, STUDENT, TEACHER
-            )
+            testing.assert_class_permutation_invariant(lambda s, t: squared(s[:, 1:], t[:, 1:]), None, STUDENT, TEACHER)
 
     def test_fails_where_one_label_is_special(self) -> None:
         with pytest.raises(AssertionError, match="changes when class k becomes"):
@@ -296,9 +284,7 @@ class TestAssertVoxelPermutationInvariant:
 
     def test_fails_on_a_smoothness_term(self) -> None:
         with pytest.raises(AssertionError, match="voxels are shuffled"):
-            testing.assert_voxel_permutation_invariant(
-                lambda z: z.diff(dim=-1).square().flatten(1).mean(1), STUDENT
-            )
+            testing.assert_voxel_permutation_invariant(lambda z: z.diff(dim=-1).square().flatten(1).mean(1), STUDENT)
 
     def test_fails_on_labels_in_another_order(self) -> None:
         with pytest.raises(AssertionError, match="voxels are shuffled"):
@@ -359,9 +345,7 @@ class TestModalityPermutations:
     def test_equivariant_fails_on_a_mask_taken_from_the_neighbour(self) -> None:
         # The mistake of using one modality's mask for another.
         with pytest.raises(AssertionError, match="do not follow their modalities"):
-            testing.assert_modality_permutation_equivariant(
-                lambda d, a: d * a[:, [0, 1, 2, 2]], TABLE, PRESENCE
-            )
+            testing.assert_modality_permutation_equivariant(lambda d, a: d * a[:, [0, 1, 2, 2]], TABLE, PRESENCE)
 
     def test_invariant_passes(self) -> None:
         testing.assert_modality_permutation_invariant(lambda d: d.sum(-1), TABLE)

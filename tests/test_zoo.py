@@ -48,9 +48,7 @@ def detect(entry: ZooEntry, backbone: nn.Module) -> BackboneSpec:
     return BackboneSpec.detect(backbone, *entry.full_example(), modalities=entry.modalities, **entry.spec)
 
 
-def wrapped(
-    entry: ZooEntry, spec: BackboneSpec | None = None, **config: Any
-) -> tuple[PassionWrapper, nn.Module]:
+def wrapped(entry: ZooEntry, spec: BackboneSpec | None = None, **config: Any) -> tuple[PassionWrapper, nn.Module]:
     """A wrapper in train mode, and a bare backbone with the same weights that was never touched by us."""
     backbone = prepared(entry)
     images, mask = entry.full_example()
@@ -84,9 +82,7 @@ def fingerprint(backbone: nn.Module) -> dict[str, Any]:
         traces[f"{name} mode"] = module.training
     for name, parameter in backbone.named_parameters():
         traces[f"{name} gradient hooks"] = len(parameter._backward_hooks or {})
-        traces[f"{name} accumulation hooks"] = len(
-            getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-        )
+        traces[f"{name} accumulation hooks"] = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
     return traces
 
 
@@ -120,13 +116,9 @@ def test_eval_is_the_bare_backbone_bit_for_bit(entry: ZooEntry) -> None:
 
 @pytest.mark.parametrize("how", ["detected", "by hand"])
 @each_comparable
-def test_terms_and_gradients_equal_those_of_separate_runs_of_the_bare_backbone(
-    entry: ZooEntry, how: str
-) -> None:
+def test_terms_and_gradients_equal_those_of_separate_runs_of_the_bare_backbone(entry: ZooEntry, how: str) -> None:
     spec = detected(entry.name) if how == "detected" else entry.full_spec()
-    model, _ = wrapped(
-        entry, spec, temperature=3.0, pixel_weight=1.0, prototype_weight=0.0, unimodal_weight=0.0
-    )
+    model, _ = wrapped(entry, spec, temperature=3.0, pixel_weight=1.0, prototype_weight=0.0, unimodal_weight=0.0)
     without_noise(model.backbone)
     step(model, entry)
     terms, expected = model.loss_terms(), slow_step(entry.name, 3.0)

@@ -51,9 +51,7 @@ class Preference:
         columns = (self.beta, self.relative_preference, self.distance, self.counts)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         keys = ("beta", "relative_preference", "distance", "count")
-        return {
-            name: dict(zip(keys, row, strict=True)) for name, row in zip(self.modalities, rows, strict=True)
-        }
+        return {name: dict(zip(keys, row, strict=True)) for name, row in zip(self.modalities, rows, strict=True)}
 
     def __str__(self) -> str:
         """Return a table with one line per modality."""
@@ -114,9 +112,7 @@ def project_beta(beta: Tensor, *, norm: float, minimum: float) -> Tensor:
     return torch.where(fixed, minimum, scaled.clamp(min=minimum))
 
 
-def usable_distances(
-    distance: Tensor, presence: Tensor, modalities: tuple[str, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def usable_distances(distance: Tensor, presence: Tensor, modalities: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Check one batch of distances and blank what is absent or not finite.
 
     Args:
@@ -145,8 +141,7 @@ def usable_distances(
         )
     elif not problems and presence.shape != distance.shape:
         problems.append(
-            f"presence is {_describe(presence)} but distance is {_describe(distance)}; pass both for the "
-            "same samples"
+            f"presence is {_describe(presence)} but distance is {_describe(distance)}; pass both for the same samples"
         )
     # Looking at values on an accelerator would wait for it; an empty row is harmless there, it never counts.
     elif presence.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from passion_plugin.errors import raise_problems
@@ -122,4 +121,4 @@ class PassionConfig:
 
 
 def _is_number(value: Any, *, above: float = -math.inf, least: float = -math.inf) -> bool:
-    return isinstance(value, Real) and math.isfinite(value) and value > above and value >= least
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > above and value >= least

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +33,7 @@ class UnimodalHead(nn.Module):
         ConfigError: a number that makes no sense.
 
     Example:
+        >>> import torch
         >>> head = UnimodalHead([8, 16], num_classes=4, ndim=2)
         >>> maps = [torch.rand(2, 8, 16, 16), torch.rand(2, 16, 8, 8)]
         >>> head(maps, size=(16, 16)).logits.shape
@@ -80,9 +82,7 @@ def feature_maps(tensors: Sequence[Tensor], ndim: int) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.ndim == ndim + 2 and tensor.is_floating_point()]
 
 
-def build_heads(
-    features: dict[str, list[Tensor]], prediction: Prediction, dtype: torch.dtype
-) -> nn.ModuleList:
+def build_heads(features: dict[str, list[Tensor]], prediction: Prediction, dtype: torch.dtype) -> nn.ModuleList:
     """Build a head for each modality that fits what its encoder puts out.
 
     Args:

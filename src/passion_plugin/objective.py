@@ -76,7 +76,11 @@ class LossTerms:
 
 
 def collect_terms(
-    teacher: Prediction, students: Sequence[Student], labels: Tensor, modalities: Sequence[str], config: PassionConfig,
+    teacher: Prediction,
+    students: Sequence[Student],
+    labels: Tensor,
+    modalities: Sequence[str],
+    config: PassionConfig,
     outputs: Outputs,
 ) -> dict[str, Tensor]:
     """Compare every student with its teacher and sort the results into matrices.
@@ -129,9 +133,7 @@ def distillation_terms(
         pixel, prototype and distance terms, (n,) each.
     """
     size = tuple(student.logits.shape[2:])
-    pixel = pixel_distillation(
-        student.logits, teacher.logits, config.temperature, mode=config.mode, outputs=outputs
-    )
+    pixel = pixel_distillation(student.logits, teacher.logits, config.temperature, mode=config.mode, outputs=outputs)
     # A UnimodalHead has no coarse outputs to compare.
     pairs = zip(student.coarse, teacher.coarse[: len(student.coarse)], strict=True)
     for level, (ours, theirs) in enumerate(pairs, start=1):

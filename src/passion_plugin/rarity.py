@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -103,4 +102,4 @@ class Rarity:
 
 
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= value < 1
+    return isinstance(value, (int, float, np.number)) and bool(0 <= value < 1)

@@ -37,6 +37,7 @@ def active_students(presence: Tensor) -> Tensor:
     A sample with a single modality is its own teacher; there is nothing to distil.
 
     Example:
+        >>> import torch
         >>> active_students(torch.tensor([[True, True, False], [False, True, False]])).tolist()
         [[True, True, False], [False, False, False]]
     """

@@ -221,7 +221,9 @@ class FeatureRecord:
         # Picked before the pass and not inside it: a backbone that checkpoints its encoder would save what the
         # picking needs, and not find it again when it runs the real encoder a second time.
         replies = {
-            module: [self._reply(module, call, owner, segments, batch, others) for call in range(len(self.outputs[module]))]
+            module: [
+                self._reply(module, call, owner, segments, batch, others) for call in range(len(self.outputs[module]))
+            ]
             for owner, modules in self.encoders.items()
             for module in modules
         }

@@ -251,6 +251,5 @@ def _check_masks(problems: Problems, labels: Tensor, values: bool) -> None:
     if bool(((labels != 0) & (labels != 1)).any()):
         low, high = (bound.item() for bound in torch.aminmax(labels))
         problems.inputs.append(
-            f"labels are region masks with values from {low} to {high} other than 0 and 1; "
-            "threshold soft masks first."
+            f"labels are region masks with values from {low} to {high} other than 0 and 1; threshold soft masks first."
         )

@@ -120,9 +120,7 @@ class LongPrivatePath(Net):
         features = []
         for index, (name, image) in enumerate(zip(self.names, images, strict=True)):
             feature = self.get_submodule(f"{name}_encode_conv")(self.encoder(index)(image))
-            feature = self.get_submodule(f"{name}_transformer")(
-                feature + self.get_parameter(f"{name}_position")
-            )
+            feature = self.get_submodule(f"{name}_transformer")(feature + self.get_parameter(f"{name}_position"))
             features.append(hide(feature, mask, index))
         return features
 
@@ -249,9 +247,7 @@ class GroupedConvolution(Net):
     """One grouped convolution holds all encoders: no module belongs to one modality."""
 
     def add_encoders(self) -> None:
-        self.grouped = nn.Conv2d(
-            len(self.names), self.width * len(self.names), 3, padding=1, groups=len(self.names)
-        )
+        self.grouped = nn.Conv2d(len(self.names), self.width * len(self.names), 3, padding=1, groups=len(self.names))
 
     def encode(self, images: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
         features = F.gelu(self.grouped(torch.cat(list(images), dim=1))).chunk(len(images), dim=1)

@@ -148,10 +148,7 @@ class ZooEntry:
         """One image (B, C_m, *spatial) per modality, all with content."""
         generator = torch.Generator().manual_seed(3)
         channels = self.channels or (1,) * len(self.modalities)
-        return [
-            torch.randn((batch, count, *self.spatial), generator=generator).to(self.dtype)
-            for count in channels
-        ]
+        return [torch.randn((batch, count, *self.spatial), generator=generator).to(self.dtype) for count in channels]
 
     def full_example(self) -> tuple[Any, Any]:
         """What detection is shown: two samples with all modalities."""

@@ -39,9 +39,7 @@ class Moments(Net):
         self.fusion = block(2 * self.width, self.width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        stack = torch.stack(
-            [self.encoder(index)(image) for index, image in enumerate(x.split(1, dim=1))], dim=1
-        )
+        stack = torch.stack([self.encoder(index)(image) for index, image in enumerate(x.split(1, dim=1))], dim=1)
         moments = []
         for row, present in zip(stack, mask, strict=True):
             shown = row[present]
@@ -123,9 +121,7 @@ class InstanceNorm3d(Net):
     dim = 3
 
     def make_encoder(self, channels: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv3d(channels, self.width, 3, padding=1), nn.InstanceNorm3d(self.width), nn.GELU()
-        )
+        return nn.Sequential(nn.Conv3d(channels, self.width, 3, padding=1), nn.InstanceNorm3d(self.width), nn.GELU())
 
 
 @zoo(encoders=("{name}_encoder", "{name}_gate"))
@@ -139,9 +135,7 @@ class GatedByFeatures(Net):
 
     def encode(self, images: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
         raw = [self.encoder(index)(image) for index, image in enumerate(images)]
-        gates = [
-            self.get_submodule(f"{name}_gate")(feature) for name, feature in zip(self.names, raw, strict=True)
-        ]
+        gates = [self.get_submodule(f"{name}_gate")(feature) for name, feature in zip(self.names, raw, strict=True)]
         return [
             hide(feature * torch.sigmoid(gate), mask, index)
             for index, (feature, gate) in enumerate(zip(raw, gates, strict=True))
@@ -160,9 +154,7 @@ class EarlyCrossTalk(Net):
     def encode(self, images: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
         first = super().encode(images, mask)
         mean = torch.stack(first).sum(dim=0) / mask.sum(dim=1).view(-1, 1, 1, 1)
-        late = [
-            self.get_submodule(f"{name}_late")(f + mean) for name, f in zip(self.names, first, strict=True)
-        ]
+        late = [self.get_submodule(f"{name}_late")(f + mean) for name, f in zip(self.names, first, strict=True)]
         return [hide(feature, mask, index) for index, feature in enumerate(late)]
 
 

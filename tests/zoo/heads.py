@@ -118,9 +118,7 @@ class NestedClassifier(Net):
     """The classifier sits inside a Sequential behind a dropout of zero."""
 
     def add_head(self, num_classes: int) -> None:
-        self.classifier = nn.Sequential(
-            nn.Dropout(0.0), nn.Sequential(conv(self.width, num_classes, 1), nn.Identity())
-        )
+        self.classifier = nn.Sequential(nn.Dropout(0.0), nn.Sequential(conv(self.width, num_classes, 1), nn.Identity()))
 
 
 @zoo()

@@ -129,9 +129,7 @@ def slow_step(name: str, temperature: float) -> SlowStep:
             model.load_state_dict(after)
             model.zero_grad()
             student_features, student_logits = listen(entry, model, entry.only(modality, group))
-            terms = pixel_distillation(
-                student_logits[places], logits[rows], temperature, outputs=entry.outputs
-            )
+            terms = pixel_distillation(student_logits[places], logits[rows], temperature, outputs=entry.outputs)
             (weight * terms.sum() / len(presence)).backward()
             pixel[rows, modality] = terms.detach()
             prototype[rows, modality], distance[rows, modality] = prototype_distillation(

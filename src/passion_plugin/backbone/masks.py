@@ -38,9 +38,7 @@ class MaskCodec:
     decode: Callable[[Any], Tensor]
 
 
-def codec_for(
-    mask_format: str, meaning: str, columns: Sequence[str] | None, modalities: Sequence[str]
-) -> MaskCodec:
+def codec_for(mask_format: str, meaning: str, columns: Sequence[str] | None, modalities: Sequence[str]) -> MaskCodec:
     """Return the codec of a built-in format.
 
     Args:

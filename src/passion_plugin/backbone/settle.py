@@ -118,7 +118,9 @@ def _smaller(backbone: nn.Module, call: BackboneCall) -> BackboneCall:
     def crop(leaf: Any, size: int) -> Any:
         if not isinstance(leaf, Tensor) or tuple(leaf.shape[2:]) != spatial:
             return leaf
-        return leaf[(..., *(slice(size) for _ in spatial))]
+        for axis in range(2, leaf.ndim):
+            leaf = leaf.narrow(axis, 0, min(size, leaf.shape[axis]))
+        return leaf
 
     for size in _CHECK_SIZES:
         if not spatial or max(spatial) <= size:

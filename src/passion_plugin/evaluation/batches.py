@@ -134,9 +134,7 @@ def _spacings(spacing: Any, size: int) -> tuple[tuple[float, ...], ...] | None:
     if values.ndim == 1:
         values = values.expand(size, -1)
     if values.ndim != 2 or len(values) != size:
-        raise InputError(
-            f"spacing has shape {tuple(values.shape)}; give (axes,) for all samples or (B, axes), in mm."
-        )
+        raise InputError(f"spacing has shape {tuple(values.shape)}; give (axes,) for all samples or (B, axes), in mm.")
     return tuple(tuple(row) for row in values.tolist())
 
 

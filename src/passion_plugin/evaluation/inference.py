@@ -76,15 +76,11 @@ def sliding_window_predict(
     Raises:
         ImportError: MONAI is not installed.
     """
-    sliding_window = require(
-        "monai.inferers", extra="monai", purpose="sliding_window_predict"
-    ).sliding_window_inference
+    sliding_window = require("monai.inferers", extra="monai", purpose="sliding_window_predict").sliding_window_inference
 
     def predict_by_windows(model: Any, x: Any, mask: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
-            raise InputError(
-                f"sliding_window_predict needs a tensor (B, M, *spatial), not a {type(x).__name__}."
-            )
+            raise InputError(f"sliding_window_predict needs a tensor (B, M, *spatial), not a {type(x).__name__}.")
 
         def run(windows: Tensor, coordinates: Sequence[Sequence[slice]]) -> Tensor:
             # The first slice of a window's coordinates picks its sample: the order of windows is MONAI's.
@@ -93,9 +89,7 @@ def sliding_window_predict(
             # MONAI weights the scores in place; a model may have returned a view of its input.
             return scores.to(x.dtype, copy=True)
 
-        scores: Tensor = sliding_window(
-            x, roi_size, sw_batch_size, run, overlap=overlap, mode=blend, with_coord=True
-        )
+        scores: Tensor = sliding_window(x, roi_size, sw_batch_size, run, overlap=overlap, mode=blend, with_coord=True)
         return scores
 
     return predict_by_windows

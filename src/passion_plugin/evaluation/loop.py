@@ -125,9 +125,7 @@ def evaluate_subsets(
                 seen.add(name)
             units.add("voxels" if current.spacing is None else "mm")
             for subset in chosen:
-                scored[subset_name(subset)] |= _score_batch(
-                    model, predict, current, subset, modalities, scorer
-                )
+                scored[subset_name(subset)] |= _score_batch(model, predict, current, subset, modalities, scorer)
     _check_run(len(seen), units if hd95 else set(), scored)
     return _collect(scored, modalities, scorer.conventions(unit=units.pop()))
 
@@ -153,18 +151,14 @@ def _score_batch(
     where = f"subset {subset_name(subset)!r}, samples {ids}"
     if not isinstance(scores, Tensor) or scores.ndim < 3 or len(scores) != len(rows):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise InputError(
-            f"{where}: the scores are {shape}; they must be (B, K, *spatial) with B = {len(rows)}."
-        )
+        raise InputError(f"{where}: the scores are {shape}; they must be (B, K, *spatial) with B = {len(rows)}.")
     if bool(scores.isnan().any()):
         raise InputError(f"{where}: the model's scores contain NaN. Is a modality of the input NaN?")
     spacing = None if batch.spacing is None else [batch.spacing[row] for row in rows.tolist()]
     return found | scorer.rows(scores.to(label.device), label, ids, subset_name(subset), spacing)
 
 
-def _resolve(
-    subsets: Iterable[str | Sequence[str]] | None, modalities: tuple[str, ...]
-) -> list[tuple[str, ...]]:
+def _resolve(subsets: Iterable[str | Sequence[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Turn the ``subsets`` argument into tuples in mask order, each once."""
     if subsets is None:
         return list(all_subsets(modalities))
@@ -228,7 +222,5 @@ def _collect(
     rows = []
     for subset, samples in scored.items():
         for sample, found in samples.items():
-            rows += found or [
-                Row(subset, sample, row.target, row.metric, None, "missing") for row in template
-            ]
+            rows += found or [Row(subset, sample, row.target, row.metric, None, "missing") for row in template]
     return SubsetResults(modalities, tuple(rows), conventions)

@@ -107,9 +107,7 @@ def hd95_scores(
     _check_masks(prediction, truth)
     axes = prediction.ndim - 2
     if spacing is not None and (len(spacing) != axes or not all(0 < s < float("inf") for s in spacing)):
-        raise InputError(
-            f"spacing is {tuple(spacing)}; give one positive number in mm per axis ({axes} here)."
-        )
+        raise InputError(f"spacing is {tuple(spacing)}; give one positive number in mm per axis ({axes} here).")
     for_hd95 = {"extra": "monai", "purpose": "HD95"}
     require("scipy", **for_hd95)
     hausdorff = require("monai.metrics", **for_hd95).compute_hausdorff_distance

@@ -44,9 +44,7 @@ class Targets:
         if self.regions is not None and not self.regions:
             problems.append("regions is empty; leave it out to score the classes one by one.")
         bad = {name: members for name, members in (self.regions or {}).items() if not _is_label_set(members)}
-        problems += [
-            f"region {name!r} is {members!r}; give its labels, as in (1, 3)." for name, members in bad.items()
-        ]
+        problems += [f"region {name!r} is {members!r}; give its labels, as in (1, 3)." for name, members in bad.items()]
         if self.num_classes is not None and not bad:
             problems += self._misfits(self.num_classes)
         raise_problems(problems, what="evaluate_subsets", error=ConfigError)
@@ -152,9 +150,7 @@ class Targets:
         if self.outputs == "sigmoid":
             if self.regions is None or len(self.regions) == channels:
                 return []
-            return [
-                f"{channels} sigmoid channels for {len(self.regions)} regions; each channel is one region."
-            ]
+            return [f"{channels} sigmoid channels for {len(self.regions)} regions; each channel is one region."]
         if channels < 2:
             return ["one softmax channel; exclusive classes need background and at least one more class."]
         return [

@@ -116,7 +116,5 @@ def _official_probability(z: Tensor, scale_factor: int) -> Tensor:
     q = z.softmax(1)
     if scale_factor > 1:
         interpolation = "bilinear" if q.ndim == 4 else "trilinear"
-        q = functional.interpolate(
-            q, scale_factor=float(scale_factor), mode=interpolation, align_corners=True
-        )
+        q = functional.interpolate(q, scale_factor=float(scale_factor), mode=interpolation, align_corners=True)
     return q.clamp(_CLAMP, 1.0)

@@ -52,9 +52,7 @@ def blank_missing(images: Tensor, presence: Tensor, *, fill: Fill = "zeros") -> 
             "*spatial) with the same B and M, one channel for each modality"
         )
     if fill == "nan" and not images.is_floating_point():
-        problems.append(
-            f"fill='nan' needs floating-point images, these are {images.dtype}; convert them first"
-        )
+        problems.append(f"fill='nan' needs floating-point images, these are {images.dtype}; convert them first")
     raise_problems(problems, what="blank_missing", error=InputError)
     absent = ~presence.to(images.device)
     value = math.nan if fill == "nan" else 0

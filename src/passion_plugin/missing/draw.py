@@ -56,9 +56,7 @@ def draw_presence(
     columns = tuple(rates if modalities is None else modalities)
     problems = modality_problems(columns)
     problems += [
-        f"rates: unknown modality {name!r}.{suggest(str(name), columns)}"
-        for name in rates
-        if name not in columns
+        f"rates: unknown modality {name!r}.{suggest(str(name), columns)}" for name in rates if name not in columns
     ]
     problems += [f"rates: no rate for modality {name!r}" for name in columns if name not in rates]
     problems += [

@@ -73,9 +73,7 @@ class PresenceTable:
             if never and ids:
                 problems.append(f"no sample has modality {shortlist(never)}; leave it out of the modalities")
         if self.nominal_rates is not None and set(self.nominal_rates) != set(modalities):
-            problems.append(
-                f"nominal_rates names {tuple(self.nominal_rates)}, the modalities are {modalities}"
-            )
+            problems.append(f"nominal_rates names {tuple(self.nominal_rates)}, the modalities are {modalities}")
         raise_problems(problems, what="PresenceTable")
         presence.setflags(write=False)
         object.__setattr__(self, "sample_ids", ids)
@@ -104,9 +102,7 @@ class PresenceTable:
         """
         array = np.asarray(presence)
         if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
-            raise ConfigError(
-                "PresenceTable.from_array: entries other than 0 and 1; pass bool, True = present"
-            )
+            raise ConfigError("PresenceTable.from_array: entries other than 0 and 1; pass bool, True = present")
         ids = default_ids(len(array)) if sample_ids is None else tuple(sample_ids)
         return cls(ids, tuple(modalities), array.astype(np.bool_))
 
@@ -195,9 +191,7 @@ class PresenceTable:
             text.write(f"# seed: {self.seed}\n")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("sample_id", *self.modalities))
-        writer.writerows(
-            (name, *row) for name, row in zip(self.sample_ids, self.presence.astype(int), strict=True)
-        )
+        writer.writerows((name, *row) for name, row in zip(self.sample_ids, self.presence.astype(int), strict=True))
         Path(path).write_text(text.getvalue(), encoding="utf-8", newline="")
 
     @classmethod

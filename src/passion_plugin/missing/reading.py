@@ -34,15 +34,11 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, str]], Numb
     file = Path(path)
     size = file.stat().st_size
     if size > _LARGEST_FILE:
-        raise ConfigError(
-            f"{file}: {size} bytes; a table of samples has at most {_LARGEST_FILE}. Wrong file?"
-        )
+        raise ConfigError(f"{file}: {size} bytes; a table of samples has at most {_LARGEST_FILE}. Wrong file?")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+        raise ConfigError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     comments: list[tuple[int, str]] = []
     rows: Numbered = []
     problems: list[str] = []
@@ -51,9 +47,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, str]], Numb
         if not rows and line.startswith("#"):
             comments.append((number, line[1:].strip()))
         elif len(line) > _LONGEST_LINE:
-            problems.append(
-                f"line {number}: {len(line)} characters, more than {_LONGEST_LINE}: {shorten(line)}"
-            )
+            problems.append(f"line {number}: {len(line)} characters, more than {_LONGEST_LINE}: {shorten(line)}")
         elif line.strip():
             try:
                 rows.append((number, next(csv.reader([line], strict=True))))

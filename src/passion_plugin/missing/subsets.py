@@ -53,9 +53,7 @@ def modality_problems(modalities: Sequence[str]) -> list[str]:
             )
     repeated = sorted({str(name) for name in modalities if list(modalities).count(name) > 1})
     if repeated:
-        problems.append(
-            f"modality {', '.join(map(repr, repeated))} is named more than once; use distinct names"
-        )
+        problems.append(f"modality {', '.join(map(repr, repeated))} is named more than once; use distinct names")
     return problems
 
 
@@ -79,15 +77,9 @@ def all_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """
     problems = modality_problems(modalities)
     if len(modalities) > _MOST_MODALITIES:
-        problems.append(
-            f"{len(modalities)} modalities have {2 ** len(modalities) - 1} subsets; list those you need"
-        )
+        problems.append(f"{len(modalities)} modalities have {2 ** len(modalities) - 1} subsets; list those you need")
     raise_problems(problems, what="all_subsets")
-    return [
-        subset
-        for size in range(1, len(modalities) + 1)
-        for subset in itertools.combinations(modalities, size)
-    ]
+    return [subset for size in range(1, len(modalities) + 1) for subset in itertools.combinations(modalities, size)]
 
 
 def subset_name(subset: Iterable[str]) -> str:
@@ -120,9 +112,7 @@ def parse_subset(subset: str | Iterable[str], modalities: Sequence[str]) -> tupl
     members = [name.strip() for name in subset.split("+")] if isinstance(subset, str) else list(subset)
     problems = modality_problems(modalities)
     problems += [
-        f"unknown modality {name!r}.{suggest(str(name), modalities)}"
-        for name in members
-        if name not in modalities
+        f"unknown modality {name!r}.{suggest(str(name), modalities)}" for name in members if name not in modalities
     ]
     if not members:
         problems.append("it is empty; name at least one modality")
@@ -195,9 +185,7 @@ def drop_modalities(
         )
     if presence.device.type == "cpu" and not bool(presence.any(1).all()):
         rows = (~presence.any(1)).nonzero().flatten().tolist()
-        raise InputError(
-            f"drop_modalities: no modality at all in rows {rows}; drop such samples from the data"
-        )
+        raise InputError(f"drop_modalities: no modality at all in rows {rows}; drop such samples from the data")
     source = presence.device if generator is None else generator.device
     batch, size = presence.shape
     # Integers are exact and exist on every device; the remainder is uniform to 1 part in 2^46 for M <= 16.

@@ -14,9 +14,7 @@ __all__ = ["draw_anatomy", "smooth_noise"]
 Array = NDArray[np.float64]
 
 
-def draw_anatomy(
-    rng: np.random.Generator, shape: tuple[int, ...]
-) -> tuple[NDArray[np.bool_], dict[str, Array]]:
+def draw_anatomy(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[NDArray[np.bool_], dict[str, Array]]:
     """Brain mask and volume fraction of every tissue; the fractions sum to 1 inside the brain."""
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size) for size in shape], indexing="ij"))
     edge = 1.5 / min(shape)

@@ -109,9 +109,7 @@ class PhantomDataset(Dataset[dict[str, Tensor | str]]):
     modalities = MODALITIES
     num_classes = len(CLASSES)
 
-    def __init__(
-        self, n: int, shape: Sequence[int] = (48, 48, 48), seed: int = 0, *, noise: float = 0.06
-    ) -> None:
+    def __init__(self, n: int, shape: Sequence[int] = (48, 48, 48), seed: int = 0, *, noise: float = 0.06) -> None:
         if not 1 <= n <= 1000:
             raise ValueError(f"n is {n}; a phantom data set holds 1 to 1000 patients.")
         self.n, self.shape, self.seed, self.noise = n, tuple(shape), seed, noise

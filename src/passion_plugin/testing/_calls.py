@@ -17,9 +17,7 @@ Function: TypeAlias = Callable[..., Any]
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """What a loss or reference returned, as a tuple of tensors; the first is the one that is trained on."""
     values = result if isinstance(result, tuple) else (result,)
-    return tuple(
-        value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value)) for value in values
-    )
+    return tuple(value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value)) for value in values)
 
 
 def floating(value: Any) -> bool:
@@ -27,9 +25,7 @@ def floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def gradients(
-    function: Function, arguments: tuple[Any, ...], weight: Tensor | None = None
-) -> list[Tensor | None]:
+def gradients(function: Function, arguments: tuple[Any, ...], weight: Tensor | None = None) -> list[Tensor | None]:
     """Gradient of ``sum(weight * function(*arguments))`` of every floating argument, None for the others.
 
     Args:

@@ -94,9 +94,7 @@ def assert_zero_at_teacher(loss: Function, teacher: Tensor, *, atol: float = 0.0
         assert_same(value, torch.zeros_like(value), rtol=0, atol=atol, what="not zero at student = teacher")
     found = gradients(lambda student: loss(student, teacher), (teacher,))[0]
     assert found is not None
-    assert_same(
-        found, torch.zeros_like(found), rtol=0, atol=atol, what="gradient at student = teacher is not zero"
-    )
+    assert_same(found, torch.zeros_like(found), rtol=0, atol=atol, what="gradient at student = teacher is not zero")
 
 
 def assert_no_gradient_to_teacher(loss: Function, student: Tensor, teacher: Tensor) -> None:
@@ -112,17 +110,13 @@ def assert_no_gradient_to_teacher(loss: Function, student: Tensor, teacher: Tens
     """
     to_student, to_teacher = gradients(loss, (student, teacher))
     if to_student is None or not bool(to_student.any()):
-        raise AssertionError(
-            "the student gets no gradient: it was detached, or the inputs are where it is zero"
-        )
+        raise AssertionError("the student gets no gradient: it was detached, or the inputs are where it is zero")
     if to_teacher is not None and bool(to_teacher.any()):
         size = to_teacher.abs().max().item()
         raise AssertionError(f"the teacher gets a gradient (up to {size:.3g}): detach it inside the loss")
 
 
-def assert_batch_independent(
-    loss: Function, *tensors: Tensor, rtol: float = 1e-9, atol: float = 1e-12
-) -> None:
+def assert_batch_independent(loss: Function, *tensors: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
     """A sample's value does not depend on the other samples of the batch, nor does its gradient reach them.
 
     Args:
@@ -217,9 +211,7 @@ def assert_voxel_permutation_invariant(
     assert_same(loss(*shuffled), loss(*tensors), rtol=rtol, atol=atol, what=what)
 
 
-def assert_independent_of_layout(
-    loss: Function, *tensors: Tensor, rtol: float = 1e-9, atol: float = 1e-12
-) -> None:
+def assert_independent_of_layout(loss: Function, *tensors: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
     """Strides do not matter: channels last, transposed and sliced inputs give the same values and gradients.
 
     Args:

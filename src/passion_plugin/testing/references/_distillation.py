@@ -138,11 +138,8 @@ def prototype_distillation(
     for b in range(len(fs)):
         squares, gaps = [], []
         for k in range(num_classes):
-            if mode == "official":
-                counts = all(Y[other, k].sum() > 0 for other in range(len(fs)))
-            else:
-                counts = Y[b, k].sum() > 0
-            if not counts:
+            samples = range(len(fs)) if mode == "official" else (b,)
+            if not all(Y[other, k].sum() > 0 for other in samples):
                 continue
             similarity_s, similarity_t = _similarity(fs[b], Y[b, k]), _similarity(ft[b], Y[b, k])
             for v in range(Y.shape[2]):
