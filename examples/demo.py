@@ -278,7 +278,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", default="phantom", help="'phantom' or a folder with real patients (default: phantom)")
     add("--out", default="demo_output", help="folder for tables and pictures (default: demo_output)")
     add("--backbone", choices=sorted(BACKBONES), default="uhemis")
-    add("--steps", type=int, default=400, help="optimizer steps of each run (default: 400)")
+    add("--steps", type=int, default=200, help="optimizer steps of each run (default: 200)")
     add("--batch-size", type=int, default=2, help="patches per step (default: 2)")
     add("--patch", type=int, default=24, help="voxels of a patch per axis, a multiple of 8 (default: 24)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
