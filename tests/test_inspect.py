@@ -163,6 +163,17 @@ def test_lazy_parameters_get_the_weights_that_the_users_seed_would_give() -> Non
         assert torch.equal(backbone.state_dict()[name], weight)
 
 
+def test_lazy_modules_born_in_a_sandbox_stay_usable() -> None:
+    backbone = Lazy().train()
+    backbone.head.eval()
+    with sandbox(backbone):
+        expected = backbone(images(), full()).shape
+    assert backbone.pd_encoder.training
+    assert not backbone.head.training
+    assert backbone(images(), full()).shape == expected
+    assert examine(backbone, images(), full(), modalities=NAMES).problems == ()
+
+
 def test_report_reads_from_verdict_to_layers(capsys: pytest.CaptureFixture[str]) -> None:
     report = inspect(Lazy(), images(), full(), modalities=NAMES)
     text = capsys.readouterr().out

@@ -50,7 +50,7 @@ def sandbox(backbone: nn.Module) -> Iterator[None]:
     there, and the random state of torch, NumPy and Python.
 
     Args:
-        backbone: the network; lazy parameters must have their shapes already.
+        backbone: the network. Lazy modules that get their shapes inside keep them.
     """
     state = _Snapshot(backbone)
     before = random_state(), random.getstate(), np.random.get_state()
@@ -98,6 +98,7 @@ class _Snapshot:
     def __init__(self, backbone: nn.Module) -> None:
         self.containers: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, Tensor]] = []
+        self.lazy: list[tuple[nn.Module, bool]] = []
         seen: set[int] = set()
         waiting: list[Any] = [backbone]
         while waiting:
@@ -105,7 +106,11 @@ class _Snapshot:
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            if isinstance(value, nn.Module):
+            if isinstance(value, nn.Module) and _is_lazy(value):
+                # Becomes another class with other hooks in its first run, which must not be half undone.
+                self.lazy.append((value, value.training))
+                waiting.append(value._modules)
+            elif isinstance(value, nn.Module):
                 waiting.append(value.__dict__)
             elif isinstance(value, Tensor):
                 if not is_lazy(value) and not value.is_inference() and value.device.type != "meta":
@@ -117,6 +122,8 @@ class _Snapshot:
                 waiting += value
 
     def restore(self) -> None:
+        for module, mode in self.lazy:
+            module.training = mode
         for container, kept in self.containers:
             if not _same_items(container, kept):
                 container.clear()
@@ -126,6 +133,11 @@ class _Snapshot:
                 # Written only where something changed: a write would invalidate graphs that the user holds.
                 if not _same_values(tensor, kept):
                     tensor.copy_(kept)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(is_lazy(tensor) for tensor in tensors if tensor is not None)
 
 
 def _same_items(container: Any, kept: Any) -> bool:
