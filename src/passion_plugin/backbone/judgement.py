@@ -61,7 +61,8 @@ def judge_batch(report: Report, found: BatchBehaviour, layers: Anatomy) -> bool:
     if different:
         report.warn(
             f"one batch cannot hold different masks: samples with different masks get predictions that differ by "
-            f"{found.mixed:.1e} from those in batches of one mask (is only the first row read?)"
+            f"{found.mixed:.1e} from those in batches of one mask (one mask for the whole batch, or only its first "
+            f"row read?)"
         )
     return not different
 
