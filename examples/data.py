@@ -192,8 +192,9 @@ def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
             stored = {key: file[key].astype(np.float32) for key in ("ct", "pet", "t1")}
             label = file["gtv"].astype(np.int64)
         # CT and PET are quantitative and keep a common scale; MR is scaled within its own field of view.
-        ct = (2 * stored["ct"] - 200) / 100
-        pet = np.sqrt(30) * stored["pet"] / 255 - 1
+        # Air and no uptake are 0 in all of them, as are the padding and a modality that is missing.
+        ct = 2 * stored["ct"] / 100
+        pet = np.sqrt(30) * stored["pet"] / 255
         t1 = standardise(stored["t1"][None])[0]
         return np.stack([ct, pet, t1]).astype(np.float32), label
 

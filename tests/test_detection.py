@@ -306,6 +306,18 @@ def test_classifier_given_by_hand_is_taken_and_checked() -> None:
     assert report.match is None
 
 
+def test_prediction_in_a_nameless_dictionary_is_not_guessed() -> None:
+    class Nameless(Net):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            logits = super().forward(x, mask)
+            return {"first": logits.square(), "second": logits}
+
+    assert "'first', 'second' may each be the prediction" in only_problem(found(Nameless()))
+    report = found(Nameless(), classifier="head")
+    assert spec_of(report).classifier == "head"
+    assert any("outputs='softmax' is assumed" in text for text in report.warnings)
+
+
 def test_wrong_classifier_given_by_hand_is_a_problem_with_close_matches() -> None:
     assert "Did you mean 'head'" in only_problem(found(Net(), classifier="haed"))
 

@@ -22,6 +22,29 @@ class DictOutput(Net):
         return {"features": logits.flatten(1), "logits": logits, "scale": 1.0}
 
 
+@zoo()
+class ReconstructionsFirst(Net):
+    """Returns ``({"t1": reconstruction, ..., "seg": probabilities}, side products)``, the prediction last."""
+
+    def add_head(self, num_classes: int) -> None:
+        super().add_head(num_classes)
+        self.reconstruction = conv(num_classes, num_classes)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        logits = super().forward(x, mask)
+        image = self.reconstruction(logits)
+        return {"t1": image, "t2": -image, "seg": logits.softmax(dim=1)}, [logits.mean()]
+
+
+@zoo(expected="refused", reason=r"'first', 'second' may each be the prediction .* as classifier=")
+class NamelessDict(Net):
+    """Returns a dict of two maps, and no name says which one is the prediction."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(x, mask)
+        return {"first": logits.square(), "second": logits}
+
+
 class Prediction(NamedTuple):
     """Logits and a side product."""
 

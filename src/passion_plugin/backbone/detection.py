@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from passion_plugin.backbone.classifier import ClassifierSearch
-from passion_plugin.backbone.probe import Probe
+from passion_plugin.backbone.probe import Probe, prediction_of, rival_predictions
 from passion_plugin.taps import Handler, overridden_forward
 
 __all__ = ["Detection", "Encoders", "detect"]
@@ -81,8 +81,8 @@ def detect(probe: Probe) -> Detection:
     """
     names = {module: name for name, module in probe.backbone.named_modules() if name}
     everything = probe.presence()
-    prediction = probe.predict(probe.images(), everything)
-    search = ClassifierSearch(prediction, names)
+    raw = probe.run(probe.images(), everything)
+    search = ClassifierSearch(prediction_of(raw), names, rival_predictions(raw))
     base = _Recording(names, probe.batch)
     # Two contexts: a layer can be listened to for both reasons, and each override calls the one before.
     with overridden_forward(search.handlers()):

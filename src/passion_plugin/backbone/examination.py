@@ -24,7 +24,7 @@ from passion_plugin.backbone.ladder import (
     with_light_mode,
 )
 from passion_plugin.backbone.masks import MaskCodec
-from passion_plugin.backbone.probe import Interface, Probe
+from passion_plugin.backbone.probe import PREDICTION_KEYS, Interface, Probe
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.backbone.training import gradient_paths, training_problems
 
@@ -109,7 +109,7 @@ class Examination:
             report.match = named[-1] if named else None
         else:
             self._choose_classifier(detection)
-        if report.match is not None and "outputs" not in known:
+        if "classifier" in known and "outputs" not in known:
             known["outputs"] = self._outputs()
         if "classifier" not in known:
             return None
@@ -123,6 +123,13 @@ class Examination:
 
     def _choose_classifier(self, detection: Detection) -> None:
         search, match = detection.classifier, detection.classifier.best()
+        if search.rivals:
+            self.report.problem(
+                f"the backbone returns a dictionary in which {_quoted(list(search.rivals))} may each be the "
+                f"prediction (none is called one of {_quoted(list(PREDICTION_KEYS))}). Name the last layer of the "
+                f"fused prediction as classifier="
+            )
+            return
         self.report.match = match
         if match is None:
             likely = list(dict.fromkeys(search.candidates))[-5:]
@@ -147,13 +154,13 @@ class Examination:
 
     def _outputs(self) -> str:
         match = self.report.match
-        assert match is not None
-        if "sigmoid" in match.relation or match.classes == 1:
+        if match is not None and ("sigmoid" in match.relation or match.classes == 1):
             return "sigmoid"
-        if "softmax" not in match.relation:
+        if match is None or "softmax" not in match.relation:
+            what = "returns logits" if match else "returns something else than its classifier's output"
             self.report.warn(
-                "the backbone returns logits, which do not say whether classes exclude each other: "
-                "outputs='softmax' is assumed. Pass outputs='sigmoid' for regions that may overlap"
+                f"the backbone {what}, which does not say whether classes exclude each other: "
+                f"outputs='softmax' is assumed. Pass outputs='sigmoid' for regions that may overlap"
             )
         return "softmax"
 

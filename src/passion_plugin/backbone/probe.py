@@ -19,7 +19,7 @@ from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
 from passion_plugin.taps import Handler, overridden_forward
 
-__all__ = ["Interface", "Probe", "prediction_of", "relative_difference"]
+__all__ = ["Interface", "Probe", "prediction_of", "relative_difference", "rival_predictions"]
 
 PREDICTION_KEYS = ("logits", "out", "seg", "pred", "prediction", "output")
 """Where a network that returns a dictionary is expected to keep its prediction."""
@@ -42,28 +42,45 @@ class Interface:
 def prediction_of(raw: Any) -> Tensor:
     """Return the fused prediction out of whatever a backbone returned.
 
-    The first tensor (B, K, *spatial) in it; in a dictionary the entry called like a prediction, if any.
+    The first tensor (B, K, *spatial) in it; in a dictionary, the entry called like a prediction, if any.
 
     Raises:
         BackboneError: there is none.
     """
-    if isinstance(raw, Mapping):
-        named = [raw[key] for key in PREDICTION_KEYS if key in raw]
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(named)):
-            return prediction_of(named)
-    found = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
-    floating = [leaf for leaf in found if leaf.is_floating_point()]
-    if floating:
-        return floating[0]
-    if found:
+    maps = _maps(_main_part(raw))
+    if maps:
+        return maps[0]
+    labels = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
+    if labels:
         raise BackboneError(
-            f"the backbone returns {found[0].dtype} {tuple(found[0].shape)}: labels, not logits or "
+            f"the backbone returns {labels[0].dtype} {tuple(labels[0].shape)}: labels, not logits or "
             f"probabilities, so that nothing can be distilled. Let it return what its last layer gives"
         )
     raise BackboneError(
         f"the backbone returns {type(raw).__name__} without a tensor (batch, classes, *spatial) in it: is "
         f"it a segmentation network?"
     )
+
+
+def rival_predictions(raw: Any) -> list[str]:
+    """Return the entries of a dictionary between which nothing but their order decides, if there are several."""
+    part = _main_part(raw)
+    names = [str(key) for key, value in part.items() if _maps(value)] if isinstance(part, Mapping) else []
+    return names if len(names) > 1 else []
+
+
+def _main_part(raw: Any) -> Any:
+    """Descend to the first part with maps in it, and to the entry of a dictionary that is called a prediction."""
+    if isinstance(raw, Mapping):
+        parts = [raw[key] for key in PREDICTION_KEYS if key in raw]
+    else:
+        parts = list(raw) if isinstance(raw, (tuple, list)) else []
+    return next((_main_part(part) for part in parts if _maps(part)), raw)
+
+
+def _maps(raw: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:
