@@ -43,6 +43,8 @@ class Cohort:
         train: complete training patients; what is missing is removed later.
         test: complete test patients.
         credit: to be quoted wherever a figure is shown.
+        steps: default number of optimizer steps, for a demo of a few minutes.
+        patch: default size of the training patches, voxels per axis.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Cohort:
     train: PhantomDataset | Cases
     test: PhantomDataset | Cases
     credit: str = ""
+    steps: int = 200
+    patch: int = 24
 
     @property
     def num_classes(self) -> int:
@@ -209,6 +213,9 @@ def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
         credit="Vallières et al. 2015, Soft-tissue-Sarcoma, The Cancer Imaging Archive, "
         "doi:10.7937/K9/TCIA.2015.7GO2GSKS, CC BY 3.0, processed by the IBSI validation study; "
         "reduced in resolution and to 8 bits here",
+        # More of the body has to be in view than of the phantom, to tell a tumour from other soft tissue.
+        steps=400,
+        patch=32,
     )
 
 

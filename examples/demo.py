@@ -278,9 +278,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", default="phantom", help="'phantom' or a folder with real patients (default: phantom)")
     add("--out", default="demo_output", help="folder for tables and pictures (default: demo_output)")
     add("--backbone", choices=sorted(BACKBONES), default="uhemis")
-    add("--steps", type=int, default=200, help="optimizer steps of each run (default: 200)")
+    add("--steps", type=int, help="optimizer steps of each run (default: the data's own, 200 or 400)")
     add("--batch-size", type=int, default=2, help="patches per step (default: 2)")
-    add("--patch", type=int, default=24, help="voxels of a patch per axis, a multiple of 8 (default: 24)")
+    add("--patch", type=int, help="voxels of a patch per axis, a multiple of 8 (default: the data's own, 24 or 32)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
     add("--seed", type=int, default=0)
     add("--fold", type=int, default=0, help="test fold of a folder that has folds (default: 0)")
@@ -293,16 +293,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME=NUMBER",
         help="hyper-parameters of PassionConfig, as in --config temperature=2 unimodal_weight=0.5",
     )
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.steps, options.patch = min(options.steps, 4), 16
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     """Parse the command line and run."""
     options = parse(arguments)
     cohort = load_cohort(options.data, seed=options.seed, fold=options.fold, smoke=options.smoke)
+    options.steps = options.steps or (4 if options.smoke else cohort.steps)
+    options.patch = options.patch or (16 if options.smoke else cohort.patch)
     return compare(cohort, options)
 
 

@@ -284,7 +284,7 @@ class TestDemo:
         fake_sts(tmp_path)
         cohort = sts_cohort(tmp_path, 1)
         presence = draw_presence(cohort.train.ids, dict.fromkeys(cohort.modalities, 0.3), seed=0)
-        options = demo.parse(["--smoke", "--out", str(tmp_path / "out"), "--steps", "1"])
+        options = demo.parse(["--smoke", "--out", str(tmp_path / "out"), "--steps", "1", "--patch", "16"])
         plain = demo.run(cohort, presence, options, passion=False)
         demo.write(cohort, presence, options, {"plain": plain, "PASSION": plain})
         assert plain.results.samples == ("sts_001", "sts_003")
