@@ -199,11 +199,13 @@ def test_sts_folder_is_decoded_as_documented(tmp_path: Path) -> None:
     assert item["image"].shape == (3, 24, 16, 24)
     with np.load(tmp_path / "sts_000.npz") as file:
         ct, pet = file["ct"].astype(float), file["pet"].astype(float)
-        assert np.allclose(item["image"][0, :20, :13, :18] * 100, 2 * ct - 200, atol=1e-3)
-        suv = (item["image"][1, :20, :13, :18].double() + 1) ** 2
+        hounsfield = item["image"][0, :20, :13, :18] * 100 - 200
+        assert np.allclose(hounsfield, 2 * ct - 200, atol=1e-3)
+        suv = item["image"][1, :20, :13, :18].double() ** 2
         assert np.allclose(suv, 30 * (pet / 255) ** 2, atol=1e-3)
         assert np.array_equal(item["label"][:20, :13, :18], file["gtv"])
     assert item["image"][2, :5].abs().sum() == 0
+    assert item["image"][:, 20:].abs().sum() == 0
     with pytest.raises(ValueError, match="fold 7"):
         sts_cohort(tmp_path, 7)
 
