@@ -27,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread: shapes are tiny, results repeat bit for bit, and xdist workers do not fight for cores."""
     torch.set_num_threads(1)
     os.environ.setdefault("MPLBACKEND", "Agg")
+    # Read when a kernel is defined. Without a GPU the kernels are tested in Triton's interpreter.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
