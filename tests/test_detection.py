@@ -692,7 +692,7 @@ def real_call() -> BackboneCall:
 
 def test_given_spec_is_checked_and_its_rung_decided_without_searching() -> None:
     report = examine_call(Net(), real_call(), NAMES, spec=given())
-    assert spec_of(report) == given(students="replay", stackable=True)
+    assert spec_of(report) == given(students="replay", stackable=True, skippable=True)
     assert not report.searched
 
 

@@ -46,6 +46,11 @@ class PassionConfig:
         memory: ``"low"`` recomputes each student pass during backward instead of keeping its activations.
         stack_students: run all students in one stacked batch instead of a loop. Only for a backbone that
             was shown to give the same numbers both ways; refused otherwise.
+        skip_missing_encoders: do not run the encoder of a modality that is missing, where the checks show that
+            nothing the backbone returns, and no gradient, depends on it. ``"auto"``: when no sample of the
+            batch has the modality; the result is the same bit for bit. True: encoders run only on the samples
+            that have their modality, which saves more and rounds differently; an error where the checks do not
+            allow it. False: run everything.
         share_random_state: students start from the random state that the fused pass had after its last
             encoder, so that dropout behind the encoders draws the same mask whenever a student runs on the
             whole batch. Off in the published code, where the difference is a noise floor in the distance.
@@ -74,6 +79,7 @@ class PassionConfig:
     modulation: Modulation = "distillation"
     memory: Memory = "default"
     stack_students: bool = False
+    skip_missing_encoders: bool | Literal["auto"] = "auto"
     share_random_state: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +92,8 @@ class PassionConfig:
             )
             if getattr(self, name) not in choices
         ]
+        if self.skip_missing_encoders not in (True, False, "auto"):
+            problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
         for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
             if not _is_number(getattr(self, name), above=0):
                 problems.append(f"{name} must be a positive finite number, got {getattr(self, name)!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from torch.utils._pytree import tree_map
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.errors import BackboneError
+from passion_plugin.skipping import skipping
 from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward, random_state, set_random_state
 
-__all__ = ["FusedPass", "Prediction", "fused_pass", "student_pass"]
+__all__ = ["FusedPass", "Prediction", "Skip", "fused_pass", "student_pass"]
+
+Skip = Literal["no", "absent", "rows"]
+"""Where encoders of missing modalities are left out."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,12 @@ class FusedPass:
 
 
 def fused_pass(
-    bound: BoundBackbone, call: BackboneCall, presence: Tensor, *, keep_random_state: bool = False
+    bound: BoundBackbone,
+    call: BackboneCall,
+    presence: Tensor,
+    *,
+    keep_random_state: bool = False,
+    skip: Skip = "no",
 ) -> FusedPass:
     """Run the backbone on all that is available and listen.
 
@@ -94,6 +103,8 @@ def fused_pass(
         call: the user's arguments.
         presence: bool (B, M), modalities whose content may be looked at.
         keep_random_state: remember the random state after the last encoder.
+        skip: leave encoders out where their modality is ``"absent"`` from the whole batch, or from single
+            ``"rows"`` too.
     """
     call = bound.blanked(call, presence)
     given = call
@@ -104,7 +115,10 @@ def fused_pass(
     record.random_state = random_state() if keep_random_state else None
     replayed = bound.spec.students in ("replay", "mixed", "heads")
     recording = record.recording(features=replayed, keep_random_state=keep_random_state)
-    with overridden_forward(recording), _tapped(bound) as taps:
+    skipped = {}
+    if skip != "no":
+        skipped = skipping(bound.encoders, bound.modalities, presence, bound.layouts, by_rows=skip == "rows")
+    with overridden_forward(skipped), overridden_forward(recording), _tapped(bound) as taps:
         raw = bound.run(given)
     if torch.is_grad_enabled() and replayed:
         record.check_trainable()

@@ -14,7 +14,7 @@ from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
-from passion_plugin.passes import Prediction, fused_pass
+from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.students import Student, active_students, run_students
 from passion_plugin.targets import prepare_target
@@ -69,7 +69,15 @@ class TrainingStep:
         """
         available = bound.availability(call, presence)
         bound.check_finite(call, available)
-        fused = fused_pass(bound, call, available, keep_random_state=config.share_random_state)
+        wanted = config.skip_missing_encoders if bound.spec.skippable else False
+        skip: Skip = "absent" if wanted == "auto" else "rows" if wanted else "no"
+        fused = fused_pass(
+            bound,
+            call,
+            available,
+            keep_random_state=config.share_random_state,
+            skip=skip,
+        )
         active = active_students(available)
         students = run_students(bound, fused, active, config, heads)
         logits = fused.prediction.logits

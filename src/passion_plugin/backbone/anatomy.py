@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["Anatomy", "anatomy"]
+__all__ = ["Anatomy", "anatomy", "depends_on_batch"]
 
 _PARALLEL = "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -62,6 +62,13 @@ def anatomy(backbone: nn.Module) -> Anatomy:
         in_place=tuple(name for name, module in modules.items() if vars(module).get("inplace") is True),
         parallel=_PARALLEL if any(isinstance(module, nn.DataParallel) for module in modules.values()) else "",
         wrappers=tuple(_wrappers(modules)),
+    )
+
+
+def depends_on_batch(module: nn.Module) -> bool:
+    """Whether a module gives a sample something else when other samples are not there: BatchNorm, dropout."""
+    return any(
+        isinstance(part, _BatchNorm) or (isinstance(part, _DropoutNd) and part.p > 0) for part in module.modules()
     )
 
 

@@ -14,6 +14,7 @@ from passion_plugin.backbone.inputs import batch_size, blank, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.skipping import Layouts
 from passion_plugin.taps import overridden_forward, resolve_module
 
 __all__ = ["BoundBackbone"]
@@ -43,6 +44,7 @@ class BoundBackbone:
         self.spec = spec
         self.modalities = tuple(modalities)
         self.forward = forward
+        self.layouts: Layouts = {}
         problems: list[str] = []
         modules = dict(backbone.named_modules(remove_duplicate=False))
 

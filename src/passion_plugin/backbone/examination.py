@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from passion_plugin.backbone.anatomy import depends_on_batch
 from passion_plugin.backbone.checks import EFFECT, mask_behaviour, mask_meaning, settle_batch
 from passion_plugin.backbone.detection import Detection, Encoders, detect
 from passion_plugin.backbone.findings import Report
@@ -26,9 +27,12 @@ from passion_plugin.backbone.ladder import (
 from passion_plugin.backbone.masks import MaskCodec
 from passion_plugin.backbone.probe import PREDICTION_KEYS, Interface, Probe
 from passion_plugin.backbone.spec import BackboneSpec
-from passion_plugin.backbone.training import gradient_paths, training_problems
+from passion_plugin.backbone.training import gradient_paths, skipping_difference, training_problems
 
 __all__ = ["Examination"]
+
+# Relative differences. Convolutions over another number of rows add up in another order.
+_SAME, _SAME_BUT_FOR_ROUNDING = 1e-6, 1e-4
 
 
 class Examination:
@@ -188,7 +192,9 @@ class Examination:
             report.problem(text)
         for text in warnings:
             report.warn(text)
-        return decided.replaced(stackable=spec.stackable or self._stackable(decided))
+        return decided.replaced(
+            stackable=spec.stackable or self._stackable(decided), skippable=spec.skippable or self._skippable(decided)
+        )
 
     def _with_gradient(self, spec: BackboneSpec) -> BackboneSpec:
         """Return the spec without encoder modules through which no gradient goes."""
@@ -248,6 +254,20 @@ class Examination:
         except Exception:
             return False
         return self.report.stacking_error <= 1e-3
+
+    def _skippable(self, spec: BackboneSpec) -> bool:
+        if not spec.encoders or spec.students == "mixed" or self.noisy or self.report.problems:
+            return False
+        bound = self.probe.bind(spec)
+        if any(depends_on_batch(module) for modules in bound.encoders.values() for module in modules):
+            return False
+        try:
+            absent = skipping_difference(self.probe, spec, "absent")
+            rows = skipping_difference(self.probe, spec, "rows") if spec.mixed_masks and self.probe.batch > 1 else 0.0
+        except Exception:
+            return False
+        self.report.skipping_error = max(absent, rows)
+        return absent <= _SAME and rows <= _SAME_BUT_FOR_ROUNDING
 
     def _convention(self) -> str:
         how = self.interface

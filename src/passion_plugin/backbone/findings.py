@@ -47,6 +47,8 @@ class Report:
         replay_errors: relative difference between students and true runs, by what was tried.
         replay_failures: the exceptions of what could not even be tried to the end.
         stacking_error: relative difference between stacked and separate students; None when not tried.
+        skipping_error: relative difference, of all outputs and gradients, between runs with and without the
+            encoders of missing modalities; None when not tried.
         anatomy: layers and parameters.
         lazy: parameters that had no shape before this examination.
     """
@@ -68,6 +70,7 @@ class Report:
     replay_errors: dict[str, float] = field(default_factory=dict)
     replay_failures: dict[str, str] = field(default_factory=dict)
     stacking_error: float | None = None
+    skipping_error: float | None = None
     anatomy: Anatomy | None = None
     lazy: tuple[str, ...] = ()
 
@@ -173,6 +176,7 @@ class Report:
         if self.spec is not None:
             parts.append(f"masks {'may' if self.spec.mixed_masks else 'must not'} differ within a batch")
             parts.append(f"students {'may' if self.spec.stackable else 'must not'} be stacked")
+            parts.append(f"encoders of missing modalities {'can' if self.spec.skippable else 'cannot'} be skipped")
         if self.batch.repeatable:
             parts.append(f"two runs in evaluation mode differ by {_number(self.batch.repeatable)}")
         parts += [text for text in (self.batch.single, self.batch.reason) if text]

@@ -95,6 +95,12 @@ def settled_backbone(
             "stack_students=True, but the checks did not show that this backbone gives the same numbers for "
             "stacked students; use the loop, or set BackboneSpec(stackable=True) if you know better"
         )
+    if config.skip_missing_encoders is True and not spec.skippable:
+        raise ConfigError(
+            "skip_missing_encoders=True, but the checks did not show that nothing depends on what the encoders of "
+            "missing modalities put out (auxiliary outputs? batch normalisation or dropout in an encoder?); use "
+            "'auto', or set BackboneSpec(skippable=True) if you know better"
+        )
     bound = BoundBackbone(backbone, spec, modalities, forward)
     if config.modulation == "encoder":
         if not bound.encoders:

@@ -59,6 +59,8 @@ class BackboneSpec:
             for a backbone that does not mask features after encoding.
         copy_features: keep copies of encoder outputs, for backbones that change them in place.
         stackable: whether several students may share one stacked batch; set by the checks.
+        skippable: whether an encoder need not run on rows that lack its modality: nothing that the backbone
+            returns depends on what it would put out for them; set by the checks.
 
     Raises:
         ConfigError: listing every field that is wrong.
@@ -91,6 +93,7 @@ class BackboneSpec:
     students: Students = "auto"
     copy_features: bool = False
     stackable: bool = False
+    skippable: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -109,6 +112,8 @@ class BackboneSpec:
             problems.append(f"students={self.students!r} needs the names of the encoders")
         if self.students == "mixed" and self.absent is not None:
             problems.append("students='mixed' replays features of a zero input and cannot be combined with absent=")
+        if self.skippable and not self.encoders:
+            problems.append("skippable=True needs the names of the encoders")
         if self.stackable and (not self.mixed_masks or self.mask_format == "indices"):
             problems.append("stackable=True needs a backbone that takes different masks in one batch")
         for modality, names in self.encoders.items():

@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from passion_plugin.backbone.probe import Probe, prediction_of
+from passion_plugin.backbone.probe import Probe, prediction_of, relative_difference
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
-from passion_plugin.passes import FusedPass, Prediction, fused_pass, student_pass
+from passion_plugin.passes import FusedPass, Prediction, Skip, fused_pass, student_pass
 from passion_plugin.taps import FeatureRecord, Handler, Segment, overridden_forward
 
-__all__ = ["GradientPaths", "gradient_difference", "gradient_paths", "training_problems", "true_student"]
+__all__ = [
+    "GradientPaths",
+    "gradient_difference",
+    "gradient_paths",
+    "skipping_difference",
+    "training_problems",
+    "true_student",
+]
 
 
 @dataclass
@@ -157,8 +164,42 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
                 continue
             reseed()
             student = student_pass(bound, fused, [segment])[0].logits
-            wanted, got = _gradient(reference, parameters), _gradient(student, parameters)
+            wanted, got = _gradient(_projected(reference), parameters), _gradient(_projected(student), parameters)
             worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp(min=1e-30)))
+    return worst
+
+
+def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
+    """Return the largest relative difference that skipping the encoders of missing modalities makes.
+
+    Compared are all maps and numbers that the backbone returns, and the gradient that they send to all
+    parameters.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: with encoders.
+        skip: ``"absent"``: one half of the modalities is missing in all rows, then the other. ``"rows"``: another
+            one in each row.
+    """
+    bound = probe.bind(spec)
+    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
+    worst = 0.0
+    columns = torch.arange(len(probe.modalities)).expand(probe.batch, -1)
+    first_half = columns < len(probe.modalities) // 2
+    one_each = columns != torch.arange(probe.batch)[:, None] % len(probe.modalities)
+    for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
+        results = []
+        for how in ("no", skip):
+            with torch.enable_grad():
+                reseed()
+                fused = fused_pass(bound, probe.arguments(probe.images(), table), table, skip=how)
+                leaves = [leaf for leaf in tree_leaves(fused.raw) if isinstance(leaf, Tensor)]
+                outputs = [leaf for leaf in leaves if leaf.is_floating_point()]
+                total = sum(_projected(leaf) for leaf in outputs if leaf.requires_grad)
+                gradient = _gradient(total, parameters) if isinstance(total, Tensor) else torch.zeros(1)
+            results.append([leaf.detach() for leaf in outputs] + [gradient])
+        pairs = zip(*results, strict=True)
+        worst = max([worst, *(relative_difference(skipped, full) for full, skipped in pairs)])
     return worst
 
 
@@ -180,10 +221,15 @@ def true_student(probe: Probe, spec: BackboneSpec, presence: Tensor, segment: Se
     return student_pass(bound, fused, [segment])[0]
 
 
-def _gradient(logits: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def _projected(output: Tensor) -> Tensor:
+    """A number with a gradient in every entry, the same weights for the same shape."""
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-    found = torch.autograd.grad(logits, parameters, grad_outputs=weights, allow_unused=True, retain_graph=True)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    return (output * weights).sum()
+
+
+def _gradient(total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    found = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
     flat = [
         torch.zeros_like(parameter) if gradient is None else gradient
         for parameter, gradient in zip(parameters, found, strict=True)
