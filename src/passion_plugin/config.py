@@ -48,9 +48,10 @@ class PassionConfig:
             was shown to give the same numbers both ways; refused otherwise.
         skip_missing_encoders: do not run the encoder of a modality that is missing, where the checks show that
             nothing the backbone returns, and no gradient, depends on it. ``"auto"``: when no sample of the
-            batch has the modality; the result is the same bit for bit. True: encoders run only on the samples
-            that have their modality, which saves more and rounds differently; an error where the checks do not
-            allow it. False: run everything.
+            batch has the modality; the result is the same bit for bit, except that dropout in an encoder that
+            does not run draws no random numbers. True: encoders run only on the samples that have their
+            modality, which saves more and rounds differently; an error where the checks do not allow it.
+            False: run everything.
         share_random_state: students start from the random state that the fused pass had after its last
             encoder, so that dropout behind the encoders draws the same mask whenever a student runs on the
             whole batch. Off in the published code, where the difference is a noise floor in the distance.

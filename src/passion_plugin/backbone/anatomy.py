@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["Anatomy", "anatomy", "depends_on_batch"]
+__all__ = ["Anatomy", "anatomy", "has_batch_statistics"]
 
 _PARALLEL = "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -65,11 +65,9 @@ def anatomy(backbone: nn.Module) -> Anatomy:
     )
 
 
-def depends_on_batch(module: nn.Module) -> bool:
-    """Whether a module gives a sample something else when other samples are not there: BatchNorm, dropout."""
-    return any(
-        isinstance(part, _BatchNorm) or (isinstance(part, _DropoutNd) and part.p > 0) for part in module.modules()
-    )
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Whether a module gives a sample something else in training when other samples are not there."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def _wrappers(modules: dict[str, nn.Module]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from passion_plugin.backbone.anatomy import depends_on_batch
+from passion_plugin.backbone.anatomy import has_batch_statistics
 from passion_plugin.backbone.checks import EFFECT, mask_behaviour, mask_meaning, settle_batch
 from passion_plugin.backbone.detection import Detection, Encoders, detect
 from passion_plugin.backbone.findings import Report
@@ -259,7 +259,7 @@ class Examination:
         if not spec.encoders or spec.students == "mixed" or self.noisy or self.report.problems:
             return False
         bound = self.probe.bind(spec)
-        if any(depends_on_batch(module) for modules in bound.encoders.values() for module in modules):
+        if any(has_batch_statistics(module) for modules in bound.encoders.values() for module in modules):
             return False
         try:
             absent = skipping_difference(self.probe, spec, "absent")

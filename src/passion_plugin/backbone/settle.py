@@ -98,7 +98,7 @@ def settled_backbone(
     if config.skip_missing_encoders is True and not spec.skippable:
         raise ConfigError(
             "skip_missing_encoders=True, but the checks did not show that nothing depends on what the encoders of "
-            "missing modalities put out (auxiliary outputs? batch normalisation or dropout in an encoder?); use "
+            "missing modalities put out (auxiliary outputs? batch normalisation in an encoder?); use "
             "'auto', or set BackboneSpec(skippable=True) if you know better"
         )
     bound = BoundBackbone(backbone, spec, modalities, forward)
