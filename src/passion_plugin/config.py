@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from passion_plugin.errors import raise_problems
+from passion_plugin.ops._dispatch import Backend
 
 __all__ = ["Memory", "Mode", "Modulation", "PassionConfig"]
 
@@ -52,6 +53,8 @@ class PassionConfig:
             does not run draws no random numbers. True: encoders run only on the samples that have their
             modality, which saves more and rounds differently; an error where the checks do not allow it.
             False: run everything.
+        backend: what computes the losses. ``"auto"``: Triton kernels for CUDA tensors where triton is installed,
+            except in double precision; else PyTorch. ``"eager"``: PyTorch. ``"triton"``: the kernels or an error.
         share_random_state: students start from the random state that the fused pass had after its last
             encoder, so that dropout behind the encoders draws the same mask whenever a student runs on the
             whole batch. Off in the published code, where the difference is a noise floor in the distance.
@@ -82,6 +85,7 @@ class PassionConfig:
     stack_students: bool = False
     skip_missing_encoders: bool | Literal["auto"] = "auto"
     share_random_state: bool = False
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         problems = [
@@ -90,6 +94,7 @@ class PassionConfig:
                 ("mode", get_args(Mode)),
                 ("modulation", get_args(Modulation)),
                 ("memory", get_args(Memory)),
+                ("backend", get_args(Backend)),
             )
             if getattr(self, name) not in choices
         ]

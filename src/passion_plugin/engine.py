@@ -142,7 +142,8 @@ class Passion:
         self._attached, self._detached, self._step = False, True, None
         return self.backbone
 
-    @torch.compiler.disable
+    # torch.compiler.disable would import the compiler with this module, which takes seconds.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def train_forward(
         self,
         args: tuple[Any, ...],

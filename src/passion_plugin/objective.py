@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from passion_plugin.backbone.spec import Outputs
 from passion_plugin.config import PassionConfig
-from passion_plugin.losses import (
-    dice_loss,
-    pixel_distillation,
-    prototype_distillation,
-    weighted_cross_entropy,
-)
+from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
 from passion_plugin.modulation import scale_gradient
 from passion_plugin.passes import Prediction
 from passion_plugin.students import Student
@@ -133,7 +129,8 @@ def distillation_terms(
         pixel, prototype and distance terms, (n,) each.
     """
     size = tuple(student.logits.shape[2:])
-    pixel = pixel_distillation(student.logits, teacher.logits, config.temperature, mode=config.mode, outputs=outputs)
+    how: Any = {"mode": config.mode, "backend": config.backend}
+    pixel = pixel_distillation(student.logits, teacher.logits, config.temperature, outputs=outputs, **how)
     # A UnimodalHead has no coarse outputs to compare.
     pairs = zip(student.coarse, teacher.coarse[: len(student.coarse)], strict=True)
     for level, (ours, theirs) in enumerate(pairs, start=1):
@@ -142,16 +139,16 @@ def distillation_terms(
             theirs,
             config.temperature,
             scale_factor=max(1, round(size[0] / ours.shape[2])),
-            mode=config.mode,
             outputs=outputs,
+            **how,
         )
     prototype, distance = prototype_distillation(
         student.features,
         teacher.features,
         resize_labels(labels, tuple(student.features.shape[2:])),
         student.logits.shape[1],
-        mode=config.mode,
         check_values=False,
+        **how,
     )
     return pixel, prototype, distance
 
@@ -159,8 +156,9 @@ def distillation_terms(
 def unimodal_loss(logits: Tensor, labels: Tensor, config: PassionConfig, outputs: Outputs) -> Tensor:
     """Return weighted cross-entropy plus Dice, (n,), of a prediction that saw one modality."""
     labels = resize_labels(labels, tuple(logits.shape[2:]))
-    entropy = weighted_cross_entropy(logits, labels, mode=config.mode, outputs=outputs, check_values=False)
-    return entropy + dice_loss(logits, labels, mode=config.mode, outputs=outputs, check_values=False)
+    return segmentation_loss(
+        logits, labels, mode=config.mode, outputs=outputs, check_values=False, backend=config.backend
+    )
 
 
 def passion_objective(

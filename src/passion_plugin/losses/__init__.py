@@ -16,6 +16,12 @@ from __future__ import annotations
 
 from passion_plugin.losses.pixel import pixel_distillation
 from passion_plugin.losses.prototype import prototype_distillation
-from passion_plugin.losses.segmentation import dice_loss, weighted_cross_entropy
+from passion_plugin.losses.segmentation import dice_loss, segmentation_loss, weighted_cross_entropy
 
-__all__ = ["dice_loss", "pixel_distillation", "prototype_distillation", "weighted_cross_entropy"]
+__all__ = [
+    "dice_loss",
+    "pixel_distillation",
+    "prototype_distillation",
+    "segmentation_loss",
+    "weighted_cross_entropy",
+]

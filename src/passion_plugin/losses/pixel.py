@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import get_args
 
-from passion_plugin.losses._common import outside_autocast, wide_dtype
+from torch import Tensor
+
+from passion_plugin.ops import pixel as ops
+from passion_plugin.ops._dispatch import Backend
 from passion_plugin.validate import (
     Mode,
     Outputs,
     Problems,
+    check_choice,
     check_map,
     check_outputs,
     check_pair,
@@ -19,8 +21,6 @@ from passion_plugin.validate import (
 )
 
 __all__ = ["pixel_distillation"]
-
-_CLAMP = 0.005
 
 
 def pixel_distillation(
@@ -31,6 +31,7 @@ def pixel_distillation(
     scale_factor: int = 1,
     mode: Mode = "default",
     outputs: Outputs = "softmax",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Divergence of the student's class probabilities from the teacher's, per sample.
 
@@ -57,15 +58,17 @@ def pixel_distillation(
         scale_factor: by how much official mode up-samples; :math:`2^j` for the j-th coarse output.
         mode: ``"default"`` or ``"official"``.
         outputs: ``"softmax"`` (exclusive classes) or ``"sigmoid"`` (regions).
+        backend: ``"auto"``, ``"eager"`` or ``"triton"``, see :mod:`passion_plugin.ops`.
 
     Returns:
         (B,) in float32, or in float64 if an input is; computed so under autocast too.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or ``backend="triton"`` cannot be had.
         InputError: a tensor has the wrong shape or dtype.
 
     Example:
+        >>> import torch
         >>> teacher = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
         >>> pixel_distillation(teacher, teacher)
         tensor([0.])
@@ -74,6 +77,7 @@ def pixel_distillation(
     """
     problems = Problems("pixel_distillation")
     check_outputs(problems, mode, outputs)
+    check_choice(problems, "backend", backend, get_args(Backend))
     check_positive_number(problems, "temperature", temperature)
     check_positive_int(problems, "scale_factor", scale_factor)
     fewest = 1 if outputs == "sigmoid" else 2
@@ -85,36 +89,6 @@ def pixel_distillation(
         check_pair(problems, student, teacher, channels=True)
     problems.raise_all()
 
-    dtype = wide_dtype(student, teacher)
-    with outside_autocast(student):
-        zs, zt = student.to(dtype) / temperature, teacher.detach().to(dtype) / temperature
-        if outputs == "sigmoid":
-            divergence = _bernoulli(zs, zt)
-        elif mode == "official":
-            divergence = _clamped(zs, zt, scale_factor)
-        else:
-            divergence = _categorical(zs, zt)
-        return temperature**2 * divergence.flatten(1).mean(1)
-
-
-def _categorical(zs: Tensor, zt: Tensor) -> Tensor:
-    log_qt = zt.log_softmax(1)
-    return log_qt.exp() * (log_qt - zs.log_softmax(1))
-
-
-def _bernoulli(zs: Tensor, zt: Tensor) -> Tensor:
-    # Both terms together, by log p = z + log(1 - p). Not F.softplus for log(1 - p): it cuts off at z = 20.
-    return torch.sigmoid(zt) * (zt - zs) + functional.logsigmoid(-zt) - functional.logsigmoid(-zs)
-
-
-def _clamped(zs: Tensor, zt: Tensor, scale_factor: int) -> Tensor:
-    qs, qt = _official_probability(zs, scale_factor), _official_probability(zt, scale_factor)
-    return qt * (qt.log() - qs.log())
-
-
-def _official_probability(z: Tensor, scale_factor: int) -> Tensor:
-    q = z.softmax(1)
-    if scale_factor > 1:
-        interpolation = "bilinear" if q.ndim == 4 else "trilinear"
-        q = functional.interpolate(q, scale_factor=float(scale_factor), mode=interpolation, align_corners=True)
-    return q.clamp(_CLAMP, 1.0)
+    kind = "clamped" if mode == "official" else outputs
+    factor = int(scale_factor) if mode == "official" else 1
+    return ops.pixel_distillation(student, teacher.detach(), float(temperature), kind, factor, backend)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
+from passion_plugin.ops._dispatch import Backend
+from passion_plugin.ops.prototype import prototype_distillation as _operation
 from passion_plugin.validate import (
     Mode,
     Problems,
@@ -18,8 +18,6 @@ from passion_plugin.validate import (
 
 __all__ = ["prototype_distillation"]
 
-_EPS = 1e-5
-
 
 def prototype_distillation(
     student_features: Tensor,
@@ -28,7 +26,9 @@ def prototype_distillation(
     num_classes: int,
     *,
     mode: Mode = "default",
+    ignore_index: int | None = None,
     check_values: bool = True,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Gap between the student's and the teacher's maps of similarity to class prototypes, per sample.
 
@@ -52,8 +52,12 @@ def prototype_distillation(
             and 1.
         num_classes: K, the number of classes or regions.
         mode: ``"default"`` or ``"official"``.
+        ignore_index: class number of voxels that belong to no class and count in no mean; None for none. Class
+            numbers only.
         check_values: whether to check that labels are in range. The check waits for the device: switch it off
             where the same labels have been checked before.
+        backend: ``"auto"``: Triton kernels on CUDA where they can be had, else PyTorch. ``"eager"``, ``"triton"``:
+            this one. All give the same numbers, and none keeps maps in memory.
 
     Returns:
         P (B,) and D (B,), in float32, or in float64 if features are; D carries no gradient.
@@ -63,6 +67,7 @@ def prototype_distillation(
         InputError: a tensor has the wrong shape, dtype or content.
 
     Example:
+        >>> import torch
         >>> labels = torch.tensor([[[0, 0, 1, 1]]])
         >>> teacher = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]).view(1, 2, 1, 4)
         >>> student = torch.ones(1, 3, 1, 4)  # tells nothing apart
@@ -78,41 +83,21 @@ def prototype_distillation(
     ]
     if all(usable):
         check_pair(problems, student_features, teacher_features, channels=False)
+    check_choice(problems, "backend", backend, ("auto", "eager", "triton"))
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        problems.settings.append(f"ignore_index={ignore_index!r}, but it must be an integer or None.")
+        ignore_index = None
     if usable[0] and countable:
-        check_labels(problems, labels, student_features, num_classes, kind="either", values=check_values)
+        known = labels
+        if ignore_index is not None and isinstance(labels, Tensor):
+            if labels.ndim == student_features.ndim:
+                problems.settings.append("ignore_index needs class numbers; a voxel of region masks is left out by 0.")
+            elif check_values:
+                known = labels.masked_fill(labels.long() == ignore_index, 0)
+        check_labels(problems, known, student_features, num_classes, kind="either", values=check_values)
     problems.raise_all()
 
-    dtype = wide_dtype(student_features, teacher_features)
-    with outside_autocast(student_features):
-        masks = class_masks(labels, num_classes, student_features.ndim)
-        present = masks.any(-1)
-        if mode == "official":
-            present = present.all(0, keepdim=True).expand_as(present)
-        weights = masks.to(dtype).transpose(1, 2)
-        similarity = _similarity_maps(student_features.to(dtype), weights)
-        with torch.no_grad():
-            target = _similarity_maps(teacher_features.to(dtype), weights)
-        gap = similarity - target
-        loss = _mean_over_present(gap.square(), present)
-        distance = _mean_over_present(gap.detach().abs(), present)
+    loss, distance, *_ = _operation(
+        student_features, teacher_features.detach(), labels, num_classes, mode == "official", ignore_index, backend
+    )
     return loss, distance
-
-
-def _similarity_maps(features: Tensor, weights: Tensor) -> Tensor:
-    """Cosine (B, K, V) of features (B, C, *spatial) with prototypes made with ``weights`` (B, V, K)."""
-    f = features.flatten(2)
-    prototypes = torch.bmm(f, weights) / (weights.sum(1, keepdim=True) + _EPS)
-    # Lengths divide the small operands: normalised features would be a second tensor of the features' size.
-    maps: Tensor = torch.bmm((prototypes / _length(prototypes)).transpose(1, 2), f) / _length(f)
-    return maps
-
-
-def _length(vectors: Tensor) -> Tensor:
-    """Norm over axis 1, at least eps. Bounded before the root, whose second derivative at 0 is NaN."""
-    return vectors.square().sum(1, keepdim=True).clamp(min=_EPS**2).sqrt()
-
-
-def _mean_over_present(gap: Tensor, present: Tensor) -> Tensor:
-    """Mean of ``gap`` (B, K, V) over voxels and the classes ``present`` (B, K); 0 where there is none."""
-    total = torch.where(present, gap.mean(-1), 0.0).sum(1)
-    return total / present.sum(1).clamp(min=1)

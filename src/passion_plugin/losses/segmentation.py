@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
-from passion_plugin.validate import Mode, Outputs, Problems, check_labels, check_map, check_outputs
+from passion_plugin.ops import segmentation as ops
+from passion_plugin.ops._dispatch import Backend
+from passion_plugin.validate import (
+    Mode,
+    Outputs,
+    Problems,
+    check_choice,
+    check_labels,
+    check_map,
+    check_outputs,
+)
 
-__all__ = ["dice_loss", "weighted_cross_entropy"]
+__all__ = ["dice_loss", "segmentation_loss", "weighted_cross_entropy"]
 
-_HIGHEST_OFFICIAL_NLL = -math.log(0.005)
-_EPS = 1e-7
+_LOWEST_OFFICIAL_PROBABILITY = 0.005
+
+
+def segmentation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mode: Mode = "default",
+    outputs: Outputs = "softmax",
+    check_values: bool = True,
+    ignore_index: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """:func:`weighted_cross_entropy` plus :func:`dice_loss`, computed together for little more than one of them.
+
+    Args:
+        logits: (B, K, *spatial) with 2 or 3 spatial axes. K >= 2 for softmax, >= 1 for sigmoid.
+        labels: softmax: class numbers (B, *spatial), integers (bool for K = 2); sigmoid: 0/1 masks
+            (B, K, *spatial).
+        mode: ``"default"`` or ``"official"``.
+        outputs: ``"softmax"`` (exclusive classes) or ``"sigmoid"`` (regions).
+        check_values: whether to check that labels are in range. The check waits for the device: switch it off
+            where the same labels have been checked before.
+        ignore_index: label, or value in a mask, of voxels that count in no sum and no mean.
+        backend: ``"auto"``, ``"eager"`` or ``"triton"``, see :mod:`passion_plugin.ops`.
+
+    Returns:
+        (B,) in float32, or in float64 if the logits are; computed so under autocast too.
+
+    Raises:
+        ConfigError: a setting is unknown.
+        InputError: a tensor has the wrong shape, dtype or content.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([[[0, 0, 0, 1]]])
+        >>> segmentation_loss(torch.zeros(1, 2, 1, 4), labels)
+        tensor([0.7933])
+        >>> segmentation_loss(torch.zeros(1, 2, 1, 5), torch.tensor([[[0, 0, 0, 1, 255]]]), ignore_index=255)
+        tensor([0.7933])
+    """
+    entropy, dice = _losses("segmentation_loss", logits, labels, mode, outputs, check_values, ignore_index, backend)
+    return entropy + dice
 
 
 def weighted_cross_entropy(
@@ -25,6 +72,8 @@ def weighted_cross_entropy(
     mode: Mode = "default",
     outputs: Outputs = "softmax",
     check_values: bool = True,
+    ignore_index: int | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Cross-entropy in which a class weighs the less, the more of the sample it fills.
 
@@ -51,6 +100,8 @@ def weighted_cross_entropy(
         outputs: ``"softmax"`` (exclusive classes) or ``"sigmoid"`` (regions).
         check_values: whether to check that labels are in range. The check waits for the device: switch it off
             where the same labels have been checked before.
+        ignore_index: label, or value in a mask, of voxels that count in no sum and no mean.
+        backend: ``"auto"``, ``"eager"`` or ``"triton"``, see :mod:`passion_plugin.ops`.
 
     Returns:
         (B,) in float32, or in float64 if the logits are; computed so under autocast too.
@@ -60,24 +111,12 @@ def weighted_cross_entropy(
         InputError: a tensor has the wrong shape, dtype or content.
 
     Example:
+        >>> import torch
         >>> labels = torch.tensor([[[0, 0, 0, 1]]])
         >>> weighted_cross_entropy(torch.zeros(1, 2, 1, 4), labels)  # (3 * 1/4 + 1 * 3/4) / 4 * log 2
         tensor([0.2599])
     """
-    _check("weighted_cross_entropy", logits, labels, mode, outputs, check_values)
-    with outside_autocast(logits):
-        z = logits.to(wide_dtype(logits)).flatten(2)
-        masks = class_masks(labels, z.shape[1], logits.ndim)
-        share = masks.sum(-1).to(z.dtype) / z.shape[2]
-        if outputs == "sigmoid":
-            weight = torch.where(masks, (1 - share).unsqueeze(2), share.unsqueeze(2))
-            log_p = functional.logsigmoid(torch.where(masks, z, -z))
-            return -(weight * log_p).flatten(1).mean(1)
-        index = labels.flatten(1).long()
-        nll = functional.cross_entropy(z, index, reduction="none")
-        if mode == "official":
-            nll = nll.clamp(max=_HIGHEST_OFFICIAL_NLL)
-        return ((1 - share).gather(1, index) * nll).mean(1)
+    return _losses("weighted_cross_entropy", logits, labels, mode, outputs, check_values, ignore_index, backend)[0]
 
 
 def dice_loss(
@@ -87,6 +126,8 @@ def dice_loss(
     mode: Mode = "default",
     outputs: Outputs = "softmax",
     check_values: bool = True,
+    ignore_index: int | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Soft Dice loss, the mean over all classes including the background.
 
@@ -106,6 +147,8 @@ def dice_loss(
         outputs: ``"softmax"`` (exclusive classes) or ``"sigmoid"`` (regions).
         check_values: whether to check that labels are in range. The check waits for the device: switch it off
             where the same labels have been checked before.
+        ignore_index: label, or value in a mask, of voxels that count in no sum and no mean.
+        backend: ``"auto"``, ``"eager"`` or ``"triton"``, see :mod:`passion_plugin.ops`.
 
     Returns:
         (B,) in float32, or in float64 if the logits are; computed so under autocast too.
@@ -115,25 +158,37 @@ def dice_loss(
         InputError: a tensor has the wrong shape, dtype or content.
 
     Example:
+        >>> import torch
         >>> labels = torch.tensor([[[0, 0, 0, 1]]])
         >>> dice_loss(torch.zeros(1, 2, 1, 4), labels)  # 1 - (3 / 5 + 1 / 3) / 2
         tensor([0.5333])
     """
-    _check("dice_loss", logits, labels, mode, outputs, check_values)
-    with outside_autocast(logits):
-        z = logits.to(wide_dtype(logits)).flatten(2)
-        p = z.softmax(1) if outputs == "softmax" else z.sigmoid()
-        masks = class_masks(labels, z.shape[1], logits.ndim)
-        overlap = (p * masks).sum(-1)
-        dice: Tensor = 2 * overlap / (p.sum(-1) + masks.sum(-1) + _EPS)
-        return 1 - dice.mean(1)
+    return _losses("dice_loss", logits, labels, mode, outputs, check_values, ignore_index, backend)[1]
 
 
-def _check(what: str, logits: Tensor, labels: Tensor, mode: Mode, outputs: Outputs, values: bool) -> None:
-    problems = Problems(what)
+def _losses(
+    what: str,
+    logits: Tensor,
+    labels: Tensor,
+    mode: Mode,
+    outputs: Outputs,
+    check_values: bool,
+    ignore_index: int | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    problems, regions = Problems(what), outputs == "sigmoid"
     check_outputs(problems, mode, outputs)
-    regions = outputs == "sigmoid"
+    check_choice(problems, "backend", backend, get_args(Backend))
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        problems.settings.append(f"ignore_index={ignore_index!r}, but it must be an integer or None.")
+        ignore_index = None
     if check_map(problems, "logits", logits, minimum=1 if regions else 2):
         kind: Literal["classes", "regions"] = "regions" if regions else "classes"
-        check_labels(problems, labels, logits, logits.shape[1], kind=kind, values=values)
+        kept = labels
+        if check_values and ignore_index is not None and isinstance(labels, Tensor):
+            kept = labels.masked_fill(labels.long() == ignore_index, 0)
+        check_labels(problems, kept, logits, logits.shape[1], kind=kind, values=check_values)
     problems.raise_all()
+    lowest = _LOWEST_OFFICIAL_PROBABILITY if mode == "official" else 0.0
+    entropy, dice, _ = ops.segmentation(logits, labels, regions, lowest, ignore_index, backend)
+    return entropy, dice

@@ -1,0 +1,74 @@
+"""Which implementation of an operation runs, and how eager ones cut a volume into pieces."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from passion_plugin.errors import ConfigError
+
+__all__ = ["Backend", "count_launch", "launches", "use_triton", "voxel_chunks"]
+
+Backend = Literal["auto", "eager", "triton"]
+
+_CHUNK_ELEMENTS = 1 << 18
+_launches: Counter[str] = Counter()
+
+
+def use_triton(backend: str, tensor: Tensor) -> bool:
+    """Decide between the Triton kernels and the eager body.
+
+    Args:
+        backend: ``"auto"``: Triton for CUDA tensors in half or single precision where triton is installed, else
+            eager. ``"eager"``: never Triton. ``"triton"``: Triton or an error.
+        tensor: one of the inputs; its device and dtype count.
+
+    Raises:
+        ConfigError: ``"triton"`` cannot be had: triton is not installed, or the tensor is not on a CUDA device
+            (and Triton's interpreter is off), or it is in double precision.
+    """
+    if backend == "eager" or (backend == "auto" and (tensor.dtype == torch.float64 or not tensor.is_cuda)):
+        return False
+    if backend == "auto":
+        return _installed()
+    problem = (
+        "triton is not installed: pip install 'passion-plugin[triton]'"
+        if not _installed()
+        else "the kernels compute in single precision and the tensor is float64"
+        if tensor.dtype == torch.float64
+        else f"the tensor is on {tensor.device}"
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
+        else None
+    )
+    if problem:
+        raise ConfigError(f"backend='triton', but {problem}. Use backend='auto'")
+    return True
+
+
+def count_launch(name: str) -> None:
+    """Note that a Triton kernel was launched."""
+    _launches[name] += 1
+
+
+def launches() -> dict[str, int]:
+    """Return how often each Triton kernel was launched in this process, to show that the fused path ran."""
+    return dict(_launches)
+
+
+def voxel_chunks(voxels: int, channels: int) -> Iterator[slice]:
+    """Cut ``voxels`` into slices for which temporaries of ``channels`` numbers a voxel stay in the CPU's cache."""
+    size = max(1024, _CHUNK_ELEMENTS // max(1, channels))
+    for start in range(0, voxels, size):
+        yield slice(start, min(start + size, voxels))
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
