@@ -17,6 +17,7 @@ from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.students import Student, active_students, run_students
+from passion_plugin.taps import Segment
 from passion_plugin.targets import prepare_target
 
 __all__ = ["TrainingStep"]
@@ -31,7 +32,7 @@ class TrainingStep:
         raw: what the backbone returned.
         teacher: the fused prediction, without gradient.
         version: of the teacher's logits, to notice an in-place change by the user.
-        students: predictions that saw one modality.
+        students: predictions that saw one modality each.
         presence: bool (B, M) on the CPU.
         active: bool (B, M) on the CPU, where a student ran.
         image_size: spatial size of the images, None when unknown.
@@ -79,7 +80,7 @@ class TrainingStep:
             skip=skip,
         )
         active = active_students(available)
-        students = run_students(bound, fused, active, config, heads)
+        students = run_students(bound, fused, Segment.singles(bound.modalities, active), config, heads)
         logits = fused.prediction.logits
         return cls(
             bound=bound,
