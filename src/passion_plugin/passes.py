@@ -91,6 +91,7 @@ def fused_pass(
     presence: Tensor,
     *,
     keep_random_state: bool = False,
+    keep_features: bool = False,
     skip: Skip = "no",
 ) -> FusedPass:
     """Run the backbone on all that is available and listen.
@@ -103,6 +104,7 @@ def fused_pass(
         call: the user's arguments.
         presence: bool (B, M), modalities whose content may be looked at.
         keep_random_state: remember the random state after the last encoder.
+        keep_features: record what the encoders put out even if no student replays it.
         skip: leave encoders out where their modality is ``"absent"`` from the whole batch, or from single
             ``"rows"`` too.
     """
@@ -114,7 +116,7 @@ def fused_pass(
     record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
     record.random_state = random_state() if keep_random_state else None
     replayed = bound.spec.students in ("replay", "mixed", "heads")
-    recording = record.recording(features=replayed, keep_random_state=keep_random_state)
+    recording = record.recording(features=replayed or keep_features, keep_random_state=keep_random_state)
     skipped = {}
     if skip != "no":
         skipped = skipping(bound.encoders, bound.modalities, presence, bound.layouts, by_rows=skip == "rows")
