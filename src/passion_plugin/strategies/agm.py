@@ -46,12 +46,12 @@ def mono_modal_responses(step: TrainingStep) -> list[Tensor]:
     number = step.presence.sum(1)
     responses = []
     for column, name in enumerate(modalities):
-        share = step.presence[:, column] / number
+        share = step.presence[:, column].double() / number
         response = full * share.to(full).view(shape)
         for student in step.students:
             member = name in student.modalities
-            rows, size = student.rows, len(student.modalities) - (name in student.modalities)
-            weights = torch.tensor([_weight(size, n) for n in number[rows].tolist()])
+            rows, size = student.rows, len(student.modalities) - member
+            weights = torch.tensor([_weight(size, n) for n in number[rows].tolist()], dtype=torch.float64)
             weights = torch.where(step.presence[rows, column], weights, 0)
             part = student.prediction.logits.to(full) * weights.to(full).view(shape)
             response = response.index_add(0, rows.to(full.device), part, alpha=1 if member else -1)
