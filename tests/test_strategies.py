@@ -468,6 +468,10 @@ class TestChoice:
         assert [bool(found[False][key].any()) for key in keys] == [True] * 3
         assert not all(found[True][key].any() for key in keys)
 
+    def test_a_gate_is_on_or_off(self) -> None:
+        with pytest.raises(ConfigError, match="gate must be True or False, got 'off'"):
+            PassionConfig(gate="off")  # type: ignore[arg-type]
+
     def test_unknown_names_get_close_matches(self) -> None:
         with pytest.raises(ConfigError, match=r"unknown strategy 'ogm_ge'. Did you mean 'ogm-ge'"):
             wrap(MeanNet(M), "ogm_ge")

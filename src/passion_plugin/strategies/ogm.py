@@ -26,7 +26,7 @@ class OGMGE(Strategy):
         k_m = \begin{cases} 1 - \tanh(\alpha \rho_m) & \rho_m > 1 \\ 1 & \text{else} \end{cases}
         \qquad g_m \leftarrow k_m g_m + \xi, \quad \xi \sim \mathcal N(0, \mathrm{std}(g_m)^2)
 
-    (equation 10 of the paper, and the noise of its section 3.3), with :math:`\rho_m` the score of modality m over
+    (equation 10 of the paper, and its generalisation enhancement), with :math:`\rho_m` the score of modality m over
     the mean of the others' (:func:`~passion_plugin.strategies.scores.ratio_to_others`), and :math:`g_m` the gradient
     that reaches a parameter of encoder m from every loss.
 
