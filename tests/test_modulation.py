@@ -57,7 +57,7 @@ def test_distillation_hooks_equal_explicit_loss_weights_in_encoder_and_decoder(
         for column in range(3):
             model = wrap(copy.deepcopy(net), modulation="none", **weights)
             only = (torch.arange(3) == column).tolist()
-            model.passion.rarity = _rarity([float(w) if o else 0.0 for w, o in zip(RARITY, only, strict=True)])
+            model.passion.strategy.rarity = _rarity([float(w) if o else 0.0 for w, o in zip(RARITY, only, strict=True)])
             parts[name, column] = run(model, x, mask, y, own=False)
     for key, gradient in found.items():
         wanted = sum(

@@ -15,6 +15,7 @@ from models import NAMES, MeanNet, batch, spec_of
 from passion_plugin import ConfigError, PassionConfig, PassionWrapper
 from passion_plugin.losses import segmentation_loss
 from passion_plugin.passes import Prediction
+from passion_plugin.rarity import Rarity
 from passion_plugin.strategies import AGM, OGMGE, PMR, Plain, RedCore, Strategy
 from passion_plugin.strategies.agm import mono_modal_responses
 from passion_plugin.strategies.scores import ratio_to_others, true_class_loss, true_class_probability
@@ -59,7 +60,7 @@ def step_of(
 
 
 def ready(strategy: Strategy, modalities: tuple[str, ...]) -> Any:
-    strategy.prepare(modalities, PassionConfig())
+    strategy.prepare(modalities, PassionConfig(), Rarity.of(modalities, missing_rates=[0.5] * len(modalities)))
     return strategy
 
 

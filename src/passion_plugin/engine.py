@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passion_plugin.addon_state import addon_state, load_addon_state
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.settle import check_setup, example_call, example_heads, initial_spec, settled_backbone
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import BackboneError, ConfigError, PassionWarning, UsageError, raise_problems
+from passion_plugin.errors import BackboneError, ConfigError, PassionWarning, UsageError
 from passion_plugin.modulation import EncoderModulation
-from passion_plugin.objective import LossTerms, passion_objective
+from passion_plugin.objective import LossTerms
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
 from passion_plugin.step import TrainingStep
@@ -25,9 +26,6 @@ from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.registry import resolve
 
 __all__ = ["Passion"]
-
-_STATE_FORMAT = 1
-_STEPS_WITHOUT_EPOCH = 1000
 
 
 class Passion:
@@ -78,16 +76,6 @@ class Passion:
             raise ConfigError("example_mask was given without example_input")
         check_setup(backbone, self.modalities, self.config)
         self.rarity = Rarity.of(self.modalities, presence, missing_rates)
-        self.preference = PreferenceEstimator(
-            self.modalities,
-            self.rarity.counts,
-            mode=self.config.mode,
-            eta=self.config.eta,
-            eta_growth=self.config.eta_growth,
-            eta_every=self.config.eta_every,
-            beta_min=self.config.beta_min,
-            beta_max=self.config.beta_max,
-        )
         self.heads = nn.ModuleList()
         self.bound: BoundBackbone | None = None
         self.previous_forward: Any = None
@@ -97,9 +85,7 @@ class Passion:
         self._inside = False
         self._modulation = EncoderModulation()
         self._step: TrainingStep | None = None
-        self._terms: LossTerms | None = None
-        self._steps_since_epoch = 0
-        self._warned: set[str] = set()
+        self._warned = False
         self._spec = initial_spec(backbone, self.modalities, spec)
         if self._spec is not None:
             # Wrong names are reported here and now; the behaviour of the backbone when data is there.
@@ -107,12 +93,11 @@ class Passion:
         if example_input is not None:
             call = example_call(example_input, example_mask, self._spec)
             self.bound = settled_backbone(backbone, call, self.modalities, self._spec, self.config)
+        self.strategy.prepare(self.modalities, self.config, self.rarity)
+        if self.bound is not None:
+            self.strategy.check(self.bound)
             if self._needs_heads(self.bound):
                 self.heads = example_heads(self.bound, call)
-        if self.strategy is not None:
-            self.strategy.prepare(self.modalities, self.config)
-            if self.bound is not None:
-                self.strategy.check(self.bound)
 
     @classmethod
     def attach(cls, backbone: nn.Module, **options: Any) -> Passion:
@@ -135,6 +120,11 @@ class Passion:
             passion.bound.forward = passion._bare_forward
         backbone.__dict__["forward"] = passion._attached_forward
         return passion
+
+    @property
+    def preference(self) -> PreferenceEstimator | None:
+        """The relative preference and beta of PASSION; None while another strategy runs, which keeps no such thing."""
+        return self.strategy.preference
 
     def detach(self) -> nn.Module:
         """Take everything off the backbone: no hook, no attribute, no changed ``forward`` is left.
@@ -174,19 +164,14 @@ class Passion:
         """
         if self._step is not None:
             self._step = None
-            self._warn_once(
-                "forward ran again before passion_loss of the previous forward was taken; that step is dropped. "
-                "Use passion_disabled() for passes that are not trained on"
-            )
-        if self.strategy is not None:
-            self._modulation.remove()
+            self._warn_of_dropped_step()
+        self._modulation.remove()
         call = BackboneCall(args, dict(kwargs))
         self._inside = True
         try:
             bound = self._settle(call)
             step = TrainingStep.run(bound, call, presence, self.config, self.heads, self.strategy)
-            if self.config.modulation == "encoder":
-                self._modulation.install(bound.encoders, dict(zip(self.modalities, self.preference.beta, strict=True)))
+            self._modulation.install(bound.encoders, self.strategy.standing_factors())
         finally:
             self._inside = False
         self._step = step
@@ -217,9 +202,16 @@ class Passion:
                 "there is nothing to compute a loss from: call forward in training mode with gradients enabled "
                 "first, and passion_loss once after each forward"
             )
-        compute = self._passion_loss if self.strategy is None else self._strategy_loss
-        loss = compute(self._step, target)
+        step, strategy = self._step, self.strategy
+        labels = step.labels(target)
+        loss = strategy.loss(step, labels)
+        factors = strategy.factors(step, labels)
+        if factors:
+            strategy.record(factors)
+            self._modulation.install(step.bound.encoders, factors, noise=strategy.noise)
         self._step = None
+        if loss is None:
+            loss = torch.zeros((), device=labels.device)
         # A batch without students still gives something to call backward on.
         return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
 
@@ -227,20 +219,13 @@ class Passion:
         """Return the terms of the last step, per sample and modality.
 
         Raises:
-            UsageError: no loss has been computed yet.
+            UsageError: no loss has been computed yet, or another strategy runs, which has no such terms.
         """
-        if self.strategy is not None:
-            raise UsageError(f"strategy {self.strategy.name!r} has no terms of PASSION; see what end_epoch() returns")
-        if self._terms is None:
-            raise UsageError("there are no loss terms yet: call forward in training mode, then passion_loss(target)")
-        return self._terms
+        return self.strategy.loss_terms()
 
     def end_epoch(self) -> Preference:
         """Update the preference, or what the strategy keeps; to be called once per epoch, on every rank."""
-        self._steps_since_epoch = 0
-        if self.strategy is not None:
-            return self.strategy.end_epoch()
-        return self.preference.end_epoch(update_beta=self.preference.epoch >= self.config.warmup_epochs)
+        return self.strategy.end_epoch()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -272,40 +257,15 @@ class Passion:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is ours and nothing of the backbone."""
-        state = {
-            "format": _STATE_FORMAT,
-            "modalities": list(self.modalities),
-            "preference": self.preference.get_extra_state(),
-            "heads": self.heads.state_dict(),
-        }
-        if self.strategy is not None:
-            state |= {"strategy": self.strategy.name, "strategy_state": self.strategy.state_dict()}
-        return state
+        return addon_state(self.modalities, self.heads, self.strategy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ConfigError: it is of another format, of other modalities, or incomplete.
+            ConfigError: it is of another format, of other modalities or another strategy, or incomplete.
         """
-        needed = {"format", "modalities", "preference", "heads"}
-        if not isinstance(state, Mapping) or needed - set(state):
-            raise ConfigError(f"not an add-on state: it must hold {sorted(needed)}")
-        problems = []
-        if state["format"] != _STATE_FORMAT:
-            problems.append(f"format {state['format']!r}, this version reads {_STATE_FORMAT}")
-        if list(state["modalities"]) != list(self.modalities):
-            problems.append(f"it was saved for {state['modalities']}, this model has {list(self.modalities)}")
-        if set(state["heads"]) != set(self.heads.state_dict()):
-            problems.append("its heads do not fit those of this model")
-        ours = None if self.strategy is None else self.strategy.name
-        if state.get("strategy") != ours:
-            problems.append(f"it was saved with strategy {state.get('strategy')!r}, this model has {ours!r}")
-        raise_problems(problems, what="add-on state")
-        if self.strategy is not None:
-            self.strategy.load_state_dict(state["strategy_state"])
-        self.heads.load_state_dict(state["heads"])
-        self.preference.set_extra_state(state["preference"])
+        load_addon_state(state, self.modalities, self.heads, self.strategy)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running step: graph tensors can be neither copied nor pickled."""
@@ -316,58 +276,28 @@ class Passion:
         if self.bound is None:
             forward = self._bare_forward if self._attached else None
             bound = settled_backbone(self.backbone, call, self.modalities, self._spec, self.config, forward)
-            if self._needs_heads(bound) and not self.heads:
+            self.strategy.check(bound)
+            if self._needs_heads(bound):
                 raise BackboneError(
                     "this backbone cannot let a single modality through, so its students are heads with "
                     "parameters of their own, which must exist before the optimizer is made: pass "
                     "example_input= and example_mask= when you wrap it"
                 )
-            if self.strategy is not None:
-                self.strategy.check(bound)
             self.bound = bound
         return self.bound
 
     def _needs_heads(self, bound: BoundBackbone) -> bool:
-        trained = self.strategy is None or self.strategy.students == "trained"
-        return trained and bound.spec.students == "heads"
+        return self.strategy.students == "trained" and bound.spec.students == "heads"
 
-    def _passion_loss(self, step: TrainingStep, target: Tensor) -> Tensor:
-        terms = step.terms(target, self.config, self.preference)
-        self.preference.update(terms.distance, step.presence.to(terms.distance.device))
-        self._terms = terms.detached()
-        self._remind_of_epochs()
-        return passion_objective(
-            terms,
-            self.rarity.weights,
-            self.preference.beta.to(terms.pixel.device),
-            self.config,
-            warming_up=self.preference.epoch < self.config.warmup_epochs,
-        )
-
-    def _strategy_loss(self, step: TrainingStep, target: Tensor) -> Tensor:
-        assert self.strategy is not None
-        labels = step.labels(target)
-        loss = self.strategy.loss(step, labels)
-        factors = self.strategy.factors(step, labels)
-        self.strategy.record(factors)
-        self._modulation.install(step.bound.encoders, factors, noise=self.strategy.noise)
-        return torch.zeros((), device=step.teacher.logits.device) if loss is None else loss
-
-    def _remind_of_epochs(self) -> None:
-        self._steps_since_epoch += 1
-        samples = self.rarity.samples
-        seen = self.preference.samples_seen
-        if (seen > 2 * samples) if samples is not None else (self._steps_since_epoch > _STEPS_WITHOUT_EPOCH):
-            self._warn_once(
-                f"end_epoch() has not been called for {seen} samples in {self._steps_since_epoch} steps: beta and the "
-                "relative preference are only updated there. Call it once after each epoch"
+    def _warn_of_dropped_step(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "forward ran again before passion_loss of the previous forward was taken; that step is dropped. "
+                "Use passion_disabled() for passes that are not trained on",
+                PassionWarning,
+                stacklevel=4,
             )
-
-    def _warn_once(self, message: str) -> None:
-        key = message[:20]
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, PassionWarning, stacklevel=4)
 
     def _bare_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous_forward is not None:

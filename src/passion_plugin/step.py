@@ -17,7 +17,6 @@ from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.students import Student, active_students, run_students
-from passion_plugin.taps import Segment
 from passion_plugin.targets import prepare_target
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class TrainingStep:
         presence: Tensor | None,
         config: PassionConfig,
         heads: nn.ModuleList,
-        strategy: Strategy | None = None,
+        strategy: Strategy,
     ) -> TrainingStep:
         """Run the fused pass and every student that the batch needs.
 
@@ -70,7 +69,7 @@ class TrainingStep:
             presence: bool (B, M), what may be looked at; None: what the mask of the call lets through.
             config: hyper-parameters.
             heads: students for a backbone that cannot let a single modality through.
-            strategy: decides which students there are; None: those of PASSION.
+            strategy: decides which students there are.
 
         Raises:
             InputError: the batch is not usable.
@@ -79,7 +78,7 @@ class TrainingStep:
         bound.check_finite(call, available)
         wanted = config.skip_missing_encoders if bound.spec.skippable else False
         skip: Skip = "absent" if wanted == "auto" else "rows" if wanted else "no"
-        keep_features = strategy is not None and strategy.needs_features
+        keep_features = strategy.needs_features
         fused = fused_pass(
             bound,
             call,
@@ -88,10 +87,8 @@ class TrainingStep:
             keep_features=keep_features,
             skip=skip,
         )
-        active = active_students(available)
-        segments = Segment.singles(bound.modalities, active) if strategy is None else strategy.segments(available)
-        with torch.set_grad_enabled(strategy is None or strategy.students == "trained"):
-            students = run_students(bound, fused, segments, config, heads)
+        with torch.set_grad_enabled(strategy.students == "trained"):
+            students = run_students(bound, fused, strategy.segments(available), config, heads)
         logits = fused.prediction.logits
         return cls(
             bound=bound,
@@ -100,7 +97,7 @@ class TrainingStep:
             version=logits._version,
             students=students,
             presence=available,
-            active=active,
+            active=active_students(available),
             image_size=bound.image_size(call),
             features={name: fused.record.features(name) for name in bound.modalities} if keep_features else {},
         )
@@ -126,20 +123,18 @@ class TrainingStep:
             )
         return prepare_target(target, logits, self.bound.spec.outputs, self.image_size).to(logits.device)
 
-    def terms(self, target: Tensor, config: PassionConfig, preference: PreferenceEstimator) -> LossTerms:
+    def terms(self, labels: Tensor, config: PassionConfig, preference: PreferenceEstimator) -> LossTerms:
         """Compare students with their teacher and with the target.
 
         Args:
-            target: as the user has it.
+            labels: from :meth:`labels`.
             config: hyper-parameters.
             preference: decides the gate; not updated.
 
         Raises:
-            UsageError: the prediction was changed in place since the forward.
-            InputError: the target has the wrong shape, dtype or content.
+            BackboneError: ``unimodal_outputs`` of the spec does not give one prediction for each modality.
         """
         logits, spec = self.teacher.logits, self.bound.spec
-        labels = self.labels(target)
         presence, active = self.presence.to(logits.device), self.active.to(logits.device)
         modalities = self.bound.modalities
         matrices = collect_terms(self.teacher, self.students, labels, modalities, config, spec.outputs)

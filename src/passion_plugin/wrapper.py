@@ -43,6 +43,11 @@ class PassionWrapper(nn.Module):
         example_input: images to detect and check with at once instead of at the first training batch.
         example_mask: the mask that goes with it.
 
+    Attributes:
+        backbone: the module that was wrapped.
+        preference: the relative preference and beta of PASSION; None while another strategy runs.
+        heads: students of a backbone that cannot let a single modality through; else empty.
+
     Raises:
         ConfigError: listing what is wrong with names, rates, spec or strategy.
         BackboneError: the example shows that the backbone cannot be used.
@@ -158,7 +163,7 @@ class PassionWrapper(nn.Module):
         return self.passion.detach()
 
     def addon_state_dict(self) -> dict[str, Any]:
-        """Return everything that is ours (preference, heads) and nothing of the backbone."""
+        """Return everything that is ours (what the strategy keeps, heads) and nothing of the backbone."""
         return self.passion.state_dict()
 
     def load_addon_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.heads import build_heads
-from passion_plugin.modulation import tied_encoders
 from passion_plugin.passes import fused_pass
 
 __all__ = ["check_setup", "example_call", "example_heads", "initial_spec", "settled_backbone"]
@@ -85,11 +84,6 @@ def settled_backbone(
         report.raise_problems()
         spec = report.spec
         assert spec is not None
-    if config.mode == "official" and spec.outputs == "sigmoid":
-        raise ConfigError(
-            "mode='official' is only defined for softmax outputs, which the published code has; use "
-            "mode='default' with sigmoid outputs"
-        )
     if config.stack_students and not spec.stackable:
         raise ConfigError(
             "stack_students=True, but the checks did not show that this backbone gives the same numbers for "
@@ -101,12 +95,7 @@ def settled_backbone(
             "missing modalities put out (auxiliary outputs? batch normalisation in an encoder?); use "
             "'auto', or set BackboneSpec(skippable=True) if you know better"
         )
-    bound = BoundBackbone(backbone, spec, modalities, forward)
-    if config.modulation == "encoder":
-        if not bound.encoders:
-            raise ConfigError("modulation='encoder' needs BackboneSpec.encoders, and none were given or found")
-        tied_encoders(bound.encoders)
-    return bound
+    return BoundBackbone(backbone, spec, modalities, forward)
 
 
 def example_call(example_input: Any, example_mask: Any, spec: BackboneSpec | None) -> BackboneCall:

@@ -3,7 +3,7 @@
 =========================== ==================================================================================
 ``strategy=``               rule
 =========================== ==================================================================================
-None                        PASSION as ``config`` says
+None                        PASSION as ``config`` says: :class:`PassionRule`
 ``"plain"``                 :class:`Plain`: the user's own loss on imperfect data, nothing else
 ``"ogm-ge"``                :class:`OGMGE`: hold back the encoder that is ahead, add noise (CVPR 2022)
 ``"agm"``                   :class:`AGM`: scale encoders by Shapley shares and their running mean (ICCV 2023)
@@ -34,6 +34,7 @@ from __future__ import annotations
 from passion_plugin.strategies.agm import AGM
 from passion_plugin.strategies.base import Plain, Strategy
 from passion_plugin.strategies.ogm import OGMGE
+from passion_plugin.strategies.passion import PassionRule
 from passion_plugin.strategies.pmr import PMR
 from passion_plugin.strategies.redcore import RedCore
 from passion_plugin.strategies.registry import named_strategy, passion_variant, strategy_names
@@ -43,6 +44,7 @@ __all__ = [
     "AGM",
     "OGMGE",
     "PMR",
+    "PassionRule",
     "Plain",
     "RedCore",
     "SlowWeights",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
+from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import compared, true_class_loss
 from passion_plugin.taps import Segment
@@ -100,9 +101,9 @@ class AGM(Strategy):
             raise ConfigError(f"AGM: alpha must be a positive number, got {alpha!r}")
         self.alpha = float(alpha)
 
-    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""
-        super().prepare(modalities, config)
+        super().prepare(modalities, config, rarity)
         self._mean = torch.zeros(len(self.modalities))
         self._steps = torch.zeros(len(self.modalities))
 

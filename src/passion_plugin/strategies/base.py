@@ -14,10 +14,13 @@ from passion_plugin.balance import Preference
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, UsageError, raise_problems
 from passion_plugin.modulation import tied_encoders
+from passion_plugin.rarity import Rarity
 from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
     from passion_plugin.backbone.binding import BoundBackbone
+    from passion_plugin.objective import LossTerms
+    from passion_plugin.preference import PreferenceEstimator
     from passion_plugin.step import TrainingStep
 
 __all__ = ["Plain", "Strategy"]
@@ -28,7 +31,8 @@ class Strategy:
 
     In each step the engine asks for :meth:`segments`, runs those passes, and calls :meth:`loss` and
     :meth:`factors` once the target is known. Factors are put on the gradients of the encoders through hooks that
-    are removed before the next forward, so that they act within the backward of their own step only.
+    are removed before the next forward, so that they act within the backward of their own step only. PASSION is
+    such a rule too: :class:`~passion_plugin.strategies.PassionRule`.
 
     Attributes:
         name: by which the registry knows it, and its state is recognised.
@@ -39,7 +43,10 @@ class Strategy:
         noise: add Gaussian noise of its own standard deviation to each gradient that is scaled.
         stateful: attributes that travel in the state: numbers, tensors, or dicts of tensors.
         modalities: M names, known from :meth:`prepare` on.
+        config: of the engine, known from :meth:`prepare` on.
+        rarity: how rare each modality is in the training set, known from :meth:`prepare` on.
         epoch: number of epochs that ended.
+        preference: relative preference of PASSION; None where a rule keeps none.
     """
 
     name: ClassVar[str]
@@ -48,17 +55,17 @@ class Strategy:
     needs_features: ClassVar[bool] = False
     stateful: ClassVar[tuple[str, ...]] = ("epoch", "_sums", "_counts")
     noise: bool = False
+    modalities: tuple[str, ...] = ()
+    epoch: int = 0
+    preference: PreferenceEstimator | None = None
 
-    def __init__(self) -> None:
-        self.modalities: tuple[str, ...] = ()
-        self.epoch = 0
-
-    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; called once, before training.
 
         Args:
             modalities: M names, in mask-column order.
-            config: of the engine; a rule uses what is not about PASSION, such as ``backend``.
+            config: of the engine; other rules use what is not about PASSION, such as ``backend``.
+            rarity: how rare each modality is in the training set.
 
         Raises:
             UsageError: this object serves another model already.
@@ -66,7 +73,7 @@ class Strategy:
         if self.modalities:
             raise UsageError(f"this {type(self).__name__} belongs to another model; make one for each model")
         self.modalities = tuple(modalities)
-        self.config = config
+        self.config, self.rarity = config, rarity
         self._sums = torch.zeros(len(self.modalities))
         self._counts = torch.zeros(len(self.modalities))
 
@@ -112,7 +119,16 @@ class Strategy:
             labels: as for :meth:`loss`.
 
         Returns:
-            By modality; no entry where the batch says nothing about a modality, which then gets no hook.
+            By modality; no entry where the batch says nothing about a modality, which then gets no hook. Where
+            there is any, they take the place of :meth:`standing_factors`.
+        """
+        return {}
+
+    def standing_factors(self) -> dict[str, Tensor]:
+        """Return factors that no batch changes: they act from the end of the forward on, before the target is known.
+
+        Returns:
+            By modality, a scalar each.
         """
         return {}
 
@@ -123,6 +139,14 @@ class Strategy:
             self._sums = self._sums.to(factor.device)
             self._sums[column] += factor.detach()
             self._counts[column] += 1
+
+    def loss_terms(self) -> LossTerms:
+        """Return the terms of PASSION of the last step.
+
+        Raises:
+            UsageError: there are none, of this rule at all or yet.
+        """
+        raise UsageError(f"strategy {self.name!r} has no terms of PASSION; see what end_epoch() returns")
 
     def end_epoch(self) -> Preference:
         """End the epoch and report it.
@@ -154,6 +178,21 @@ class Strategy:
             raise ConfigError(f"state of strategy {self.name!r}: no {', '.join(lacking)} in it")
         for key in self.stateful:
             setattr(self, key, tree_map(_copied, state[key]))
+
+    def addon_entries(self) -> dict[str, Any]:
+        """Return what the add-on state of a model holds of its rule: by which name, and :meth:`state_dict`."""
+        return {"strategy": self.name, "strategy_state": self.state_dict()}
+
+    def load_addon_entries(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`addon_entries` returned.
+
+        Args:
+            state: the whole add-on state, of a model with the same rule.
+
+        Raises:
+            ConfigError: it is incomplete.
+        """
+        self.load_state_dict(state.get("strategy_state", {}))
 
 
 class Plain(Strategy):

@@ -11,6 +11,7 @@ from torch import Tensor
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, raise_problems
 from passion_plugin.heads import feature_maps
+from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import compared, ratio_to_others, true_class_loss, true_class_probability
 from passion_plugin.targets import resize_labels
@@ -80,9 +81,9 @@ class PMR(Strategy):
         self.alpha, self.momentum = float(alpha), float(momentum)
         self.entropy_weight, self.entropy_epochs = float(entropy_weight), entropy_epochs
 
-    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""
-        super().prepare(modalities, config)
+        super().prepare(modalities, config, rarity)
         self._prototypes: dict[str, Tensor] = {}
         self._seen: dict[str, Tensor] = {}
 

@@ -12,6 +12,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.losses import segmentation_loss
 from passion_plugin.preference import PreferenceEstimator
+from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality
 from passion_plugin.students import active_students
@@ -79,9 +80,9 @@ class RedCore(Strategy):
         }
         PreferenceEstimator(("a", "b"), **self.options)  # Says now what is wrong with the options.
 
-    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""
-        super().prepare(modalities, config)
+        super().prepare(modalities, config, rarity)
         self.estimator = PreferenceEstimator(self.modalities, **self.options)
 
     def segments(self, presence: Tensor) -> list[Segment]:

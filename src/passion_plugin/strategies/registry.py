@@ -10,6 +10,7 @@ from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.strategies.agm import AGM
 from passion_plugin.strategies.base import Plain, Strategy
 from passion_plugin.strategies.ogm import OGMGE
+from passion_plugin.strategies.passion import PassionRule
 from passion_plugin.strategies.pmr import PMR
 from passion_plugin.strategies.redcore import RedCore
 
@@ -87,29 +88,31 @@ def passion_variant(name: str, config: PassionConfig | None = None) -> PassionCo
     return replace(config, **decided)
 
 
-def resolve(strategy: Any, config: Any) -> tuple[Strategy | None, Any]:
+def resolve(strategy: Any, config: Any) -> tuple[Strategy, Any]:
     """Return the rule and the configuration that ``strategy=`` and ``config=`` stand for together.
 
     Args:
         strategy: None for PASSION as configured, a name, or an object.
-        config: a :class:`PassionConfig` or None.
+        config: a :class:`PassionConfig` or None; anything else is passed on for the caller to refuse.
 
     Returns:
-        The rule, None for PASSION; and the configuration.
+        The rule and the configuration.
 
     Raises:
         ConfigError: unknown strategy, or a configuration that it would ignore.
     """
     given = config if config is not None else PassionConfig()
     if strategy is None or not isinstance(given, PassionConfig):
-        return None, given
+        return PassionRule(), given
     if isinstance(strategy, str):
         if strategy in _VARIANTS:
-            return None, passion_variant(strategy, given)
+            return PassionRule(), passion_variant(strategy, given)
         strategy = named_strategy(strategy)
     if not isinstance(strategy, Strategy):
         hint = "; pass an object, not its class" if isinstance(strategy, type) else ""
         raise ConfigError(f"strategy must be a name or a Strategy, got {strategy!r}{hint}")
+    if isinstance(strategy, PassionRule):
+        return strategy, given
     ignored = [
         f"{field.name}={getattr(given, field.name)!r} is about PASSION, which does not run here: leave it out"
         for field in fields(given)
