@@ -20,6 +20,7 @@ from passion_plugin.strategies import (
     AGM,
     OGMGE,
     PMR,
+    PassionRule,
     Plain,
     RedCore,
     Strategy,
@@ -392,11 +393,57 @@ class TestState:
         with pytest.raises(ConfigError, match="no _mean in it"):
             wrap(MeanNet(M), "agm").load_addon_state_dict(states["agm"])
 
-    def test_an_object_serves_one_model(self) -> None:
-        rule = AGM()
+    def test_states_hold_nothing_of_another_rule(self) -> None:
+        common = {"format", "modalities", "heads"}
+        assert set(wrap(MeanNet(M)).addon_state_dict()) == common | {"preference"}
+        assert set(wrap(MeanNet(M), "agm").addon_state_dict()) == common | {"strategy", "strategy_state"}
+
+    def test_states_of_former_versions_load(self) -> None:
+        beta = torch.tensor([0.5, 1.0, 1.25], dtype=torch.float64)
+        preference = {
+            "version": 1,
+            "modalities": list(M),
+            "epoch": 3,
+            "eta_growths": 1,
+            "samples_seen": 0,
+            "beta": beta,
+            "sums": torch.zeros(3, dtype=torch.float64),
+            "counts": torch.zeros(3, dtype=torch.float64),
+        }
+        state: dict[str, Any] = {"format": 1, "modalities": list(M), "preference": preference, "heads": {}}
+        model = wrap(MeanNet(M))
+        model.load_addon_state_dict(state)
+        assert torch.equal(model.preference.beta, beta)
+        assert model.passion.strategy.epoch == 3
+        # Other rules once saved a preference that they did not use.
+        kept = {"epoch": 2, "_sums": torch.zeros(3), "_counts": torch.zeros(3)}
+        other = wrap(MeanNet(M), "plain")
+        other.load_addon_state_dict({**state, "strategy": "plain", "strategy_state": kept})
+        assert other.end_epoch().epoch == 2
+
+    @pytest.mark.parametrize(
+        ("rule", "lost", "message"), [(None, "preference", "need the keys"), ("plain", "strategy_state", "no epoch")]
+    )
+    def test_a_state_that_lost_the_part_of_the_rule_is_refused(self, rule: Any, lost: str, message: str) -> None:
+        model = wrap(MeanNet(M), rule)
+        state = model.addon_state_dict()
+        del state[lost]
+        with pytest.raises(ConfigError, match=message):
+            model.load_addon_state_dict(state)
+
+    @pytest.mark.parametrize("kind", [AGM, PassionRule])
+    def test_an_object_serves_one_model(self, kind: type[Strategy]) -> None:
+        rule = kind()
         wrap(MeanNet(M), rule)
-        with pytest.raises(UsageError, match="AGM belongs to another model"):
+        with pytest.raises(UsageError, match=f"{kind.__name__} belongs to another model"):
             wrap(MeanNet(M), rule)
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_other_rules_keep_no_preference(self, rule: str) -> None:
+        model = wrap(MeanNet(M), rule)
+        assert model.preference is None
+        assert model.passion.preference is None
+        assert not [key for key in model.state_dict() if key.startswith("preference")]
 
     def test_there_are_no_terms_of_passion(self) -> None:
         model = wrap(MeanNet(M), "plain")
@@ -415,8 +462,14 @@ class TestChoice:
 
     def test_nothing_and_passion_are_the_same_bit_for_bit(self) -> None:
         net = MeanNet(M)
-        found = [run(wrap(copy.deepcopy(net), name), MIXED) for name in (None, "passion")]
-        assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+        wanted, *found = [run(wrap(copy.deepcopy(net), rule), MIXED) for rule in (None, "passion", PassionRule())]
+        assert all(torch.equal(gradients[key], wanted[key]) for gradients in found for key in wanted)
+
+    def test_passion_as_an_object_takes_the_whole_configuration(self) -> None:
+        net = MeanNet(M)
+        config = PassionConfig.official(temperature=2.0, eta=0.5)
+        wanted, found = [run(wrap(copy.deepcopy(net), rule, config=config), MIXED) for rule in (None, PassionRule())]
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
     @pytest.mark.parametrize(
         ("variant", "parts"),
@@ -543,6 +596,39 @@ class TestChoice:
         for key, gradient in run(model, MIXED).items():
             torch.testing.assert_close(gradient, wanted[key] * (0.25 if owner_of(key) == "t1ce" else 1.0))
         assert model.end_epoch().as_dict()["t1ce"]["beta"] == 0.25
+
+    def test_factors_of_a_step_take_the_place_of_standing_ones(self) -> None:
+        class Both(Strategy):
+            name = "both"
+            scales_encoders = True
+
+            def standing_factors(self) -> dict[str, Tensor]:
+                return {"flair": torch.tensor(0.5), "t1ce": torch.tensor(0.5)}
+
+            def factors(self, step: Any, labels: Tensor) -> dict[str, Tensor]:
+                return {"t1ce": torch.tensor(0.25)} if step.active.any() else {}
+
+        for presence, wanted in (
+            (MIXED, {"flair": 1.0, "t1ce": 0.25}),
+            ([[1, 0, 0], [0, 1, 0]], {"flair": 0.5, "t1ce": 0.5}),
+        ):
+            net = MeanNet(M).double()
+            plain = without_rule(net, presence)
+            for key, gradient in run(wrap(net, Both()), presence).items():
+                torch.testing.assert_close(gradient, plain[key] * wanted.get(owner_of(key) or "", 1.0))
+
+    def test_standing_factors_act_before_the_target_is_known(self) -> None:
+        net = MeanNet(M).double()
+        model = wrap(net, config=PassionConfig(modulation="encoder"))
+        state = model.addon_state_dict()
+        state["preference"]["beta"] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        model.load_addon_state_dict(state)
+        wanted = without_rule(net, MIXED)
+        x, mask, y = batch(MIXED, dtype=torch.float64)
+        F.cross_entropy(model(x, mask), y).backward()
+        for key, gradient in copies_gradients(net).items():
+            factor = {"flair": 0.5, "t1": 2.0}.get(owner_of(key) or "", 1.0)
+            torch.testing.assert_close(gradient, wanted[key] * factor, rtol=1e-12, atol=1e-15)
 
     def test_plain_by_object_and_by_name(self) -> None:
         assert isinstance(wrap(MeanNet(M), Plain()).passion.strategy, type(named_strategy("plain")))
