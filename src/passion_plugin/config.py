@@ -39,6 +39,8 @@ class PassionConfig:
         eta_every: epochs between two growths of :math:`\eta`. Published code: 100.
         beta_min: smallest :math:`\beta_m`. Published code: 0.1.
         beta_max: largest :math:`\beta_m` before it is rescaled. Published code: 4.
+        gate: whether :math:`\omega` switches the prototype distillation (official mode: the segmentation term too);
+            False: it is always on.
         warmup_epochs: for so many epochs only the uni-modal segmentation term is active and beta rests
             (the published code trains its separate uni-modal decoder first). 0 switches it off.
         modulation: where beta acts, through autograd hooks. ``"distillation"``: on the gradient of each
@@ -79,6 +81,7 @@ class PassionConfig:
     eta_every: int = 100
     beta_min: float = 0.1
     beta_max: float = 4.0
+    gate: bool = True
     warmup_epochs: int = 0
     modulation: Modulation = "distillation"
     memory: Memory = "default"
@@ -100,6 +103,8 @@ class PassionConfig:
         ]
         if self.skip_missing_encoders not in (True, False, "auto"):
             problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
+        if not isinstance(self.gate, bool):
+            problems.append(f"gate must be True or False, got {self.gate!r}")
         for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
             if not _is_number(getattr(self, name), above=0):
                 problems.append(f"{name} must be a positive finite number, got {getattr(self, name)!r}")

@@ -21,6 +21,8 @@ from passion_plugin.objective import LossTerms, passion_objective
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
 from passion_plugin.step import TrainingStep
+from passion_plugin.strategies.base import Strategy
+from passion_plugin.strategies.registry import resolve
 
 __all__ = ["Passion"]
 
@@ -42,12 +44,14 @@ class Passion:
         spec: how to talk to the backbone; the name of a preset; or None to choose a preset by the structure
             of the class, or else to detect it with the first training batch.
         config: hyper-parameters; the defaults when None.
+        strategy: another balancing rule to run in place of PASSION: a name or an object of
+            :mod:`passion_plugin.strategies`; None for PASSION as ``config`` says.
         example_input: images to detect and check the spec with at once instead of at the first batch. Needed
             when students turn out to be heads, which must exist before the optimizer is made.
         example_mask: the mask that goes with it.
 
     Raises:
-        ConfigError: listing what is wrong with names, rates or spec.
+        ConfigError: listing what is wrong with names, rates, spec or strategy.
         BackboneError: the example shows that the backbone cannot be used.
         UsageError: the backbone has an engine already.
     """
@@ -61,12 +65,13 @@ class Passion:
         missing_rates: Any = None,
         spec: BackboneSpec | str | None = None,
         config: PassionConfig | None = None,
+        strategy: Strategy | str | None = None,
         example_input: Any = None,
         example_mask: Any = None,
     ) -> None:
         self.backbone = backbone
         self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
-        self.config = config if config is not None else PassionConfig()
+        self.strategy, self.config = resolve(strategy, config)
         if has_engine(backbone):
             raise UsageError("this backbone has a Passion engine already; unwrap() or detach() that first")
         if example_mask is not None and example_input is None:
@@ -102,8 +107,12 @@ class Passion:
         if example_input is not None:
             call = example_call(example_input, example_mask, self._spec)
             self.bound = settled_backbone(backbone, call, self.modalities, self._spec, self.config)
-            if self.bound.spec.students == "heads":
+            if self._needs_heads(self.bound):
                 self.heads = example_heads(self.bound, call)
+        if self.strategy is not None:
+            self.strategy.prepare(self.modalities, self.config)
+            if self.bound is not None:
+                self.strategy.check(self.bound)
 
     @classmethod
     def attach(cls, backbone: nn.Module, **options: Any) -> Passion:
@@ -169,11 +178,13 @@ class Passion:
                 "forward ran again before passion_loss of the previous forward was taken; that step is dropped. "
                 "Use passion_disabled() for passes that are not trained on"
             )
+        if self.strategy is not None:
+            self._modulation.remove()
         call = BackboneCall(args, dict(kwargs))
         self._inside = True
         try:
             bound = self._settle(call)
-            step = TrainingStep.run(bound, call, presence, self.config, self.heads)
+            step = TrainingStep.run(bound, call, presence, self.config, self.heads, self.strategy)
             if self.config.modulation == "encoder":
                 self._modulation.install(bound.encoders, dict(zip(self.modalities, self.preference.beta, strict=True)))
         finally:
@@ -206,17 +217,9 @@ class Passion:
                 "there is nothing to compute a loss from: call forward in training mode with gradients enabled "
                 "first, and passion_loss once after each forward"
             )
-        terms = self._step.terms(target, self.config, self.preference)
-        self.preference.update(terms.distance, self._step.presence.to(terms.distance.device))
-        self._step, self._terms = None, terms.detached()
-        self._remind_of_epochs()
-        loss = passion_objective(
-            terms,
-            self.rarity.weights,
-            self.preference.beta.to(terms.pixel.device),
-            self.config,
-            warming_up=self.preference.epoch < self.config.warmup_epochs,
-        )
+        compute = self._passion_loss if self.strategy is None else self._strategy_loss
+        loss = compute(self._step, target)
+        self._step = None
         # A batch without students still gives something to call backward on.
         return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
 
@@ -226,20 +229,25 @@ class Passion:
         Raises:
             UsageError: no loss has been computed yet.
         """
+        if self.strategy is not None:
+            raise UsageError(f"strategy {self.strategy.name!r} has no terms of PASSION; see what end_epoch() returns")
         if self._terms is None:
             raise UsageError("there are no loss terms yet: call forward in training mode, then passion_loss(target)")
         return self._terms
 
     def end_epoch(self) -> Preference:
-        """Update the preference; to be called once per epoch, on every rank."""
+        """Update the preference, or what the strategy keeps; to be called once per epoch, on every rank."""
         self._steps_since_epoch = 0
+        if self.strategy is not None:
+            return self.strategy.end_epoch()
         return self.preference.end_epoch(update_beta=self.preference.epoch >= self.config.warmup_epochs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Make the backbone train as if this library were not there, while the context is open.
 
-        Call backward for the last step before entering: ``modulation="encoder"`` lets go of the parameters here.
+        Call backward for the last step before entering: ``modulation="encoder"`` and strategies that scale encoders
+        let go of the parameters here.
         """
         self._modulation.remove()
         self._disabled += 1
@@ -264,12 +272,15 @@ class Passion:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is ours and nothing of the backbone."""
-        return {
+        state = {
             "format": _STATE_FORMAT,
             "modalities": list(self.modalities),
             "preference": self.preference.get_extra_state(),
             "heads": self.heads.state_dict(),
         }
+        if self.strategy is not None:
+            state |= {"strategy": self.strategy.name, "strategy_state": self.strategy.state_dict()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -287,7 +298,12 @@ class Passion:
             problems.append(f"it was saved for {state['modalities']}, this model has {list(self.modalities)}")
         if set(state["heads"]) != set(self.heads.state_dict()):
             problems.append("its heads do not fit those of this model")
+        ours = None if self.strategy is None else self.strategy.name
+        if state.get("strategy") != ours:
+            problems.append(f"it was saved with strategy {state.get('strategy')!r}, this model has {ours!r}")
         raise_problems(problems, what="add-on state")
+        if self.strategy is not None:
+            self.strategy.load_state_dict(state["strategy_state"])
         self.heads.load_state_dict(state["heads"])
         self.preference.set_extra_state(state["preference"])
 
@@ -300,14 +316,42 @@ class Passion:
         if self.bound is None:
             forward = self._bare_forward if self._attached else None
             bound = settled_backbone(self.backbone, call, self.modalities, self._spec, self.config, forward)
-            if bound.spec.students == "heads" and not self.heads:
+            if self._needs_heads(bound) and not self.heads:
                 raise BackboneError(
                     "this backbone cannot let a single modality through, so its students are heads with "
                     "parameters of their own, which must exist before the optimizer is made: pass "
                     "example_input= and example_mask= when you wrap it"
                 )
+            if self.strategy is not None:
+                self.strategy.check(bound)
             self.bound = bound
         return self.bound
+
+    def _needs_heads(self, bound: BoundBackbone) -> bool:
+        trained = self.strategy is None or self.strategy.students == "trained"
+        return trained and bound.spec.students == "heads"
+
+    def _passion_loss(self, step: TrainingStep, target: Tensor) -> Tensor:
+        terms = step.terms(target, self.config, self.preference)
+        self.preference.update(terms.distance, step.presence.to(terms.distance.device))
+        self._terms = terms.detached()
+        self._remind_of_epochs()
+        return passion_objective(
+            terms,
+            self.rarity.weights,
+            self.preference.beta.to(terms.pixel.device),
+            self.config,
+            warming_up=self.preference.epoch < self.config.warmup_epochs,
+        )
+
+    def _strategy_loss(self, step: TrainingStep, target: Tensor) -> Tensor:
+        assert self.strategy is not None
+        labels = step.labels(target)
+        loss = self.strategy.loss(step, labels)
+        factors = self.strategy.factors(step, labels)
+        self.strategy.record(factors)
+        self._modulation.install(step.bound.encoders, factors, noise=self.strategy.noise)
+        return torch.zeros((), device=step.teacher.logits.device) if loss is None else loss
 
     def _remind_of_epochs(self) -> None:
         self._steps_since_epoch += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from passion_plugin.errors import raise_problems
@@ -55,22 +56,38 @@ def scale_gradient(term: Tensor, coefficient: Tensor) -> Tensor:
     return term
 
 
+class _NoisyScale(_Scale):
+    """Multiplies a gradient by a constant, and adds noise as large as its entries are spread."""
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        scaled = super().__call__(gradient)
+        return scaled + torch.randn_like(gradient) * gradient.std() if gradient.numel() > 1 else scaled
+
+
 class EncoderModulation:
     """Scales everything that reaches the parameters of each encoder, from every loss (OGM-GE's rule)."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def install(self, encoders: Mapping[str, Sequence[nn.Module]], coefficients: Mapping[str, Tensor]) -> None:
+    def install(
+        self,
+        encoders: Mapping[str, Sequence[nn.Module]],
+        coefficients: Mapping[str, Tensor],
+        *,
+        noise: bool = False,
+    ) -> None:
         """Replace all hooks by new ones.
 
         Args:
             encoders: modules of each modality.
-            coefficients: scalar of each modality.
+            coefficients: scalar of each modality whose encoder is to be scaled.
+            noise: add Gaussian noise with the standard deviation of the gradient before it was scaled.
         """
         self.remove()
-        for modality, modules in encoders.items():
-            hook = _Scale(coefficients[modality].detach())
+        for modality, coefficient in coefficients.items():
+            hook = (_NoisyScale if noise else _Scale)(coefficient.detach())
+            modules = encoders[modality]
             parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
             self._handles += [parameter.register_hook(hook) for parameter in parameters.values()]
 
@@ -81,8 +98,16 @@ class EncoderModulation:
         self._handles = []
 
 
-def tied_encoders(encoders: Mapping[str, Sequence[nn.Module]]) -> None:
+def tied_encoders(
+    encoders: Mapping[str, Sequence[nn.Module]],
+    *,
+    what: str = "modulation='encoder' needs encoders of their own (or use 'distillation')",
+) -> None:
     """Refuse encoders that share parameters: each would be scaled once for every owner.
+
+    Args:
+        encoders: modules of each modality.
+        what: start of the message.
 
     Raises:
         ConfigError: naming the modalities.
@@ -96,4 +121,4 @@ def tied_encoders(encoders: Mapping[str, Sequence[nn.Module]]) -> None:
                 if other != modality:
                     pairs[(other, modality)] = None
     problems = [f"{a!r} and {b!r} share parameters, which would be scaled twice" for a, b in pairs]
-    raise_problems(problems, what="modulation='encoder' needs encoders of their own (or use 'distillation')")
+    raise_problems(problems, what=what)

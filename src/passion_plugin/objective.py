@@ -172,7 +172,7 @@ def passion_objective(
 
     Official mode puts beta and the gate on S as well, as the published code does. :math:`\beta_m` acts on
     gradients only (:func:`passion_plugin.modulation.scale_gradient`), the value is that with beta = 1. During
-    warm-up only S is left, without its gate.
+    warm-up only S is left, without its gate. With ``config.gate`` off every gate is open.
 
     Args:
         terms: with their gradient.
@@ -185,7 +185,8 @@ def passion_objective(
         A scalar.
     """
     official = config.mode == "official"
-    pixel, unimodal, gate = terms.pixel, terms.unimodal, terms.gate
+    pixel, unimodal = terms.pixel, terms.unimodal
+    gate = terms.gate if config.gate else torch.ones_like(terms.gate)
     if config.modulation == "distillation":
         pixel = scale_gradient(pixel, beta)
         unimodal = scale_gradient(unimodal, beta) if official else unimodal

@@ -1,4 +1,4 @@
-"""The two kinds of passes through a backbone: the fused one, and students that see one modality each."""
+"""The two kinds of passes through a backbone: the fused one, and students that see some modalities only."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ def fused_pass(
     presence: Tensor,
     *,
     keep_random_state: bool = False,
+    keep_features: bool = False,
     skip: Skip = "no",
 ) -> FusedPass:
     """Run the backbone on all that is available and listen.
@@ -103,6 +104,7 @@ def fused_pass(
         call: the user's arguments.
         presence: bool (B, M), modalities whose content may be looked at.
         keep_random_state: remember the random state after the last encoder.
+        keep_features: record what the encoders put out even if no student replays it.
         skip: leave encoders out where their modality is ``"absent"`` from the whole batch, or from single
             ``"rows"`` too.
     """
@@ -114,7 +116,7 @@ def fused_pass(
     record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
     record.random_state = random_state() if keep_random_state else None
     replayed = bound.spec.students in ("replay", "mixed", "heads")
-    recording = record.recording(features=replayed, keep_random_state=keep_random_state)
+    recording = record.recording(features=replayed or keep_features, keep_random_state=keep_random_state)
     skipped = {}
     if skip != "no":
         skipped = skipping(bound.encoders, bound.modalities, presence, bound.layouts, by_rows=skip == "rows")
@@ -127,7 +129,7 @@ def fused_pass(
 
 
 def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segment]) -> list[Prediction]:
-    """Run the backbone with one modality let through, in light mode, with buffers at rest.
+    """Run the backbone with some modalities let through, in light mode, with buffers at rest.
 
     Args:
         bound: the backbone.
@@ -141,7 +143,8 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     keep = torch.zeros(len(rows), len(bound.modalities), dtype=torch.bool)
     start = 0
     for segment in segments:
-        keep[start : start + len(segment.rows), bound.modalities.index(segment.modality)] = True
+        columns = [bound.modalities.index(modality) for modality in segment.modalities]
+        keep[start : start + len(segment.rows), columns] = True
         start += len(segment.rows)
     call = bound.rows(fused.call, rows, fused.batch)
     if fused.record.random_state is not None:
@@ -151,8 +154,8 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     prediction = _prediction(taps)
     if torch.is_grad_enabled() and _upstream_is_trainable(bound) and not prediction.features.requires_grad:
         raise BackboneError(
-            f"the features of the student of {segments[0].modality!r} carry no gradient, so that nothing would be "
-            f"distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
+            f"the features of the student of {', '.join(segments[0].modalities)} carry no gradient, so that nothing "
+            f"would be distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
         )
     return prediction.split([len(segment.rows) for segment in segments])
 
@@ -183,12 +186,12 @@ def _prediction(taps: Sequence[Tap]) -> Prediction:
 
 @contextmanager
 def _only(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segment]) -> Iterator[None]:
-    """Let only the modality of each segment through the encoders."""
+    """Let only the modalities of each segment through the encoders."""
     if bound.spec.students in ("replay", "mixed"):
         with fused.record.replaying(segments, fused.batch, others=fused.absent):
             yield
     elif len(segments) == 1:
-        with overridden_forward(fused.record.isolating(segments[0].modality)):
+        with overridden_forward(fused.record.isolating(segments[0].modalities)):
             yield
     else:
         yield

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.students import Student, active_students, run_students
+from passion_plugin.taps import Segment
 from passion_plugin.targets import prepare_target
+
+if TYPE_CHECKING:
+    from passion_plugin.strategies.base import Strategy
 
 __all__ = ["TrainingStep"]
 
@@ -31,10 +35,11 @@ class TrainingStep:
         raw: what the backbone returned.
         teacher: the fused prediction, without gradient.
         version: of the teacher's logits, to notice an in-place change by the user.
-        students: predictions that saw one modality.
+        students: predictions that saw some modalities only; for PASSION one each.
         presence: bool (B, M) on the CPU.
-        active: bool (B, M) on the CPU, where a student ran.
+        active: bool (B, M) on the CPU: the sample has the modality and at least one other.
         image_size: spatial size of the images, None when unknown.
+        features: outputs of the encoders by modality, with gradient; empty unless the strategy needs them.
     """
 
     bound: BoundBackbone
@@ -45,6 +50,7 @@ class TrainingStep:
     presence: Tensor
     active: Tensor
     image_size: tuple[int, ...] | None
+    features: Mapping[str, list[Tensor]]
 
     @classmethod
     def run(
@@ -54,6 +60,7 @@ class TrainingStep:
         presence: Tensor | None,
         config: PassionConfig,
         heads: nn.ModuleList,
+        strategy: Strategy | None = None,
     ) -> TrainingStep:
         """Run the fused pass and every student that the batch needs.
 
@@ -63,6 +70,7 @@ class TrainingStep:
             presence: bool (B, M), what may be looked at; None: what the mask of the call lets through.
             config: hyper-parameters.
             heads: students for a backbone that cannot let a single modality through.
+            strategy: decides which students there are; None: those of PASSION.
 
         Raises:
             InputError: the batch is not usable.
@@ -71,15 +79,19 @@ class TrainingStep:
         bound.check_finite(call, available)
         wanted = config.skip_missing_encoders if bound.spec.skippable else False
         skip: Skip = "absent" if wanted == "auto" else "rows" if wanted else "no"
+        keep_features = strategy is not None and strategy.needs_features
         fused = fused_pass(
             bound,
             call,
             available,
             keep_random_state=config.share_random_state,
+            keep_features=keep_features,
             skip=skip,
         )
         active = active_students(available)
-        students = run_students(bound, fused, active, config, heads)
+        segments = Segment.singles(bound.modalities, active) if strategy is None else strategy.segments(available)
+        with torch.set_grad_enabled(strategy is None or strategy.students == "trained"):
+            students = run_students(bound, fused, segments, config, heads)
         logits = fused.prediction.logits
         return cls(
             bound=bound,
@@ -90,7 +102,29 @@ class TrainingStep:
             presence=available,
             active=active,
             image_size=bound.image_size(call),
+            features={name: fused.record.features(name) for name in bound.modalities} if keep_features else {},
         )
+
+    def labels(self, target: Tensor) -> Tensor:
+        """Check the target, and that the prediction is still what it was.
+
+        Args:
+            target: as the user has it.
+
+        Returns:
+            int64 labels (B, *spatial) or masks (B, K, *spatial), on the device of the prediction.
+
+        Raises:
+            UsageError: the prediction was changed in place since the forward.
+            InputError: the target has the wrong shape, dtype or content.
+        """
+        logits = self.teacher.logits
+        if logits._version != self.version:
+            raise UsageError(
+                "the prediction was changed in place between forward and passion_loss, and the teacher with it; "
+                "use an out-of-place operation on what forward returned"
+            )
+        return prepare_target(target, logits, self.bound.spec.outputs, self.image_size).to(logits.device)
 
     def terms(self, target: Tensor, config: PassionConfig, preference: PreferenceEstimator) -> LossTerms:
         """Compare students with their teacher and with the target.
@@ -105,13 +139,7 @@ class TrainingStep:
             InputError: the target has the wrong shape, dtype or content.
         """
         logits, spec = self.teacher.logits, self.bound.spec
-        if logits._version != self.version:
-            raise UsageError(
-                "the prediction was changed in place between forward and passion_loss, and the teacher with it; "
-                "use an out-of-place operation on what forward returned"
-            )
-        labels = prepare_target(target, logits, spec.outputs, self.image_size)
-        labels = labels.to(logits.device)
+        labels = self.labels(target)
         presence, active = self.presence.to(logits.device), self.active.to(logits.device)
         modalities = self.bound.modalities
         matrices = collect_terms(self.teacher, self.students, labels, modalities, config, spec.outputs)

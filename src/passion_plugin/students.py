@@ -1,7 +1,8 @@
-"""Which students a batch needs, and running them: one modality each, only on the rows that can teach it."""
+"""Which students a batch needs, and running them: some modalities each, only on the rows that can teach it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.config import PassionConfig
+from passion_plugin.errors import BackboneError
 from passion_plugin.heads import feature_maps
 from passion_plugin.passes import FusedPass, Prediction, student_pass
 from passion_plugin.taps import Segment, random_state, set_random_state
@@ -18,17 +20,27 @@ __all__ = ["Student", "active_students", "run_students"]
 
 @dataclass(frozen=True)
 class Student:
-    """One modality's prediction of the rows in which it was let through alone.
+    """The prediction of the rows in which only some modalities were let through.
 
     Attributes:
-        modality: its name.
+        modalities: their names.
         rows: int64 (n,), samples of the batch.
         prediction: of these n samples, with gradient.
     """
 
-    modality: str
+    modalities: tuple[str, ...]
     rows: Tensor
     prediction: Prediction
+
+    @property
+    def modality(self) -> str:
+        """Name of the only modality.
+
+        Raises:
+            ValueError: there are several.
+        """
+        (modality,) = self.modalities
+        return modality
 
 
 def active_students(presence: Tensor) -> Tensor:
@@ -45,35 +57,32 @@ def active_students(presence: Tensor) -> Tensor:
 
 
 def run_students(
-    bound: BoundBackbone, fused: FusedPass, active: Tensor, config: PassionConfig, heads: nn.ModuleList
+    bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segment], config: PassionConfig, heads: nn.ModuleList
 ) -> list[Student]:
-    """Run every student that the batch needs.
+    """Run one student for each segment.
 
     Args:
         bound: the backbone.
         fused: its fused pass.
-        active: bool (B, M) on the CPU.
+        segments: what each student sees, in which rows.
         config: memory and stacking.
         heads: students for a spec with ``students="heads"``.
 
     Returns:
-        Students in the order of the modalities; none for a modality that no row needs.
+        Students in the order of the segments.
+
+    Raises:
+        BackboneError: several modalities at once are asked of a backbone whose students are heads.
     """
-    segments = [
-        Segment(modality, rows)
-        for column, modality in enumerate(bound.modalities)
-        if len(rows := active[:, column].nonzero().flatten())
-    ]
     if bound.spec.students == "heads":
-        order = bound.modalities.index
-        return [_head_student(fused, heads[order(segment.modality)], segment) for segment in segments]
+        return [_head_student(bound, fused, heads, segment) for segment in segments]
     after = random_state() if config.share_random_state else None
-    groups = [segments] if config.stack_students and segments else [[segment] for segment in segments]
+    groups = [list(segments)] if config.stack_students and segments else [[segment] for segment in segments]
     students = []
     for group in groups:
         predictions = _run(bound, fused, group, config)
         students += [
-            Student(segment.modality, segment.rows, prediction)
+            Student(segment.modalities, segment.rows, prediction)
             for segment, prediction in zip(group, predictions, strict=True)
         ]
     if after is not None:
@@ -94,9 +103,16 @@ def _run(bound: BoundBackbone, fused: FusedPass, group: list[Segment], config: P
     return [Prediction.of(tensors[start : start + size]) for start in range(0, len(tensors), size)]
 
 
-def _head_student(fused: FusedPass, head: nn.Module, segment: Segment) -> Student:
+def _head_student(bound: BoundBackbone, fused: FusedPass, heads: nn.ModuleList, segment: Segment) -> Student:
+    modality, *more = segment.modalities
+    if more:
+        raise BackboneError(
+            f"the students of this backbone are heads on the features of one encoder each, so that it cannot predict "
+            f"from {', '.join(segment.modalities)} together: use single modalities only"
+        )
+    head = heads[bound.modalities.index(modality)]
     logits = fused.prediction.logits
-    maps = feature_maps(fused.record.features(segment.modality), logits.ndim - 2)
+    maps = feature_maps(fused.record.features(modality), logits.ndim - 2)
     rows = segment.rows.to(logits.device)
     prediction = head([feature.index_select(0, rows) for feature in maps], size=logits.shape[2:])
-    return Student(segment.modality, segment.rows, prediction)
+    return Student(segment.modalities, segment.rows, prediction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,15 +34,29 @@ _MISCOUNT = (
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of the batch in which one modality is let through alone.
+    """Rows of the batch in which only some modalities are let through.
 
     Attributes:
-        modality: its name.
+        modalities: their names, at least one.
         rows: int64 (n,) on the CPU, sample numbers in the batch of the fused pass.
     """
 
-    modality: str
+    modalities: tuple[str, ...]
     rows: Tensor
+
+    @classmethod
+    def singles(cls, modalities: Sequence[str], where: Tensor) -> list[Segment]:
+        """Let every modality through alone.
+
+        Args:
+            modalities: M names.
+            where: bool (B, M) on the CPU, which rows of the batch show which modality alone.
+
+        Returns:
+            Segments in the order of the modalities; none for a modality without rows.
+        """
+        rows = [where[:, column].nonzero().flatten() for column in range(len(modalities))]
+        return [cls((name,), index) for name, index in zip(modalities, rows, strict=True) if len(index)]
 
 
 def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
@@ -204,11 +218,11 @@ class FeatureRecord:
     ) -> Iterator[None]:
         """Answer for all encoders with what they gave before, while the context is open.
 
-        The features of the modality of a segment keep their gradient: students train the encoders. Those of
+        The features of the modalities of a segment keep their gradient: students train the encoders. Those of
         the other modalities are detached, since a student must not move the encoder of another modality.
 
         Args:
-            segments: which modality is let through in which rows, in the order of the student batch.
+            segments: which modalities are let through in which rows, in the order of the student batch.
             batch: batch size of the recorded pass.
             others: where the features of the other modalities come from; a record of one sample in which
                 everything was absent, or None for this record.
@@ -216,7 +230,7 @@ class FeatureRecord:
         Raises:
             BackboneError: the encoders were not called as in the recorded pass.
         """
-        students = {segment.modality for segment in segments}
+        students = {modality for segment in segments for modality in segment.modalities}
         served: dict[nn.Module, int] = defaultdict(int)
         # Picked before the pass and not inside it: a backbone that checkpoints its encoder would save what the
         # picking needs, and not find it again when it runs the real encoder a second time.
@@ -244,11 +258,11 @@ class FeatureRecord:
                 if served[module] != len(self.outputs[module]):
                     raise BackboneError(_MISCOUNT.format(modality, served[module], len(self.outputs[module])))
 
-    def isolating(self, modality: str) -> dict[nn.Module, Handler]:
-        """Return handlers under which only the encoder of ``modality`` is run with gradient."""
+    def isolating(self, modalities: Collection[str]) -> dict[nn.Module, Handler]:
+        """Return handlers under which only the encoders of ``modalities`` are run with gradient."""
 
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-            if owner == modality:
+            if owner in modalities:
                 return forward(*args, **kwargs)
             with torch.no_grad():
                 return forward(*args, **kwargs)
@@ -266,7 +280,7 @@ class FeatureRecord:
     ) -> Any:
         pieces = []
         for segment in segments:
-            own = segment.modality == owner
+            own = owner in segment.modalities
             source, size = (self, batch) if own or others is None else (others, 1)
             pick = functools.partial(_pick, rows=segment.rows, batch=size, detach=not own)
             pieces.append(tree_map(pick, source._kept(module, call, owner)))

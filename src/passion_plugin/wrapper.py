@@ -14,6 +14,7 @@ from passion_plugin.engine import Passion
 from passion_plugin.errors import UsageError
 from passion_plugin.objective import LossTerms
 from passion_plugin.preference import Preference
+from passion_plugin.strategies.base import Strategy
 
 __all__ = ["PassionWrapper"]
 
@@ -37,11 +38,13 @@ class PassionWrapper(nn.Module):
         missing_rates: missing rate in [0, 1) of each modality, by name or in order.
         spec: how to talk to the backbone; the name of a preset; None: preset or detection.
         config: hyper-parameters.
+        strategy: another balancing rule to run in place of PASSION: a name or an object of
+            :mod:`passion_plugin.strategies`; None for PASSION as ``config`` says.
         example_input: images to detect and check with at once instead of at the first training batch.
         example_mask: the mask that goes with it.
 
     Raises:
-        ConfigError: listing what is wrong with names, rates or spec.
+        ConfigError: listing what is wrong with names, rates, spec or strategy.
         BackboneError: the example shows that the backbone cannot be used.
 
     Example:
@@ -76,6 +79,7 @@ class PassionWrapper(nn.Module):
         missing_rates: Any = None,
         spec: BackboneSpec | str | None = None,
         config: PassionConfig | None = None,
+        strategy: Strategy | str | None = None,
         example_input: Any = None,
         example_mask: Any = None,
     ) -> None:
@@ -87,6 +91,7 @@ class PassionWrapper(nn.Module):
             missing_rates=missing_rates,
             spec=spec,
             config=config,
+            strategy=strategy,
             example_input=example_input,
             example_mask=example_mask,
         )
@@ -139,7 +144,7 @@ class PassionWrapper(nn.Module):
         return self.passion.loss_terms()
 
     def end_epoch(self) -> Preference:
-        """Update the relative preference and beta; once per epoch, on every rank."""
+        """Update the relative preference and beta, or what the strategy keeps; once per epoch, on every rank."""
         return self.passion.end_epoch()
 
     @contextmanager

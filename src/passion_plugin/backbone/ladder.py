@@ -68,8 +68,9 @@ def references(probe: Probe, spec: BackboneSpec, *, mixed: bool) -> References:
     found = References(_tables(probe.batch, len(probe.modalities), mixed))
     for table in found.tables:
         found.alone.append({})
-        for segment in _segments(probe.modalities, table):
-            name, m = segment.modality, probe.modalities.index(segment.modality)
+        for segment in Segment.singles(probe.modalities, table):
+            (name,) = segment.modalities
+            m = probe.modalities.index(name)
             if name in found.failures or any(name in earlier for earlier in found.alone[:-1]):
                 continue
             try:
@@ -133,7 +134,7 @@ def stacking_difference(probe: Probe, spec: BackboneSpec) -> float:
     """Return the relative difference between students in one stacked batch and one after the other."""
     bound = probe.bind(spec)
     presence = probe.presence()
-    segments = _segments(probe.modalities, presence)
+    segments = Segment.singles(probe.modalities, presence)
     reseed()
     fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
     stacked = student_pass(bound, fused, segments)
@@ -151,7 +152,7 @@ def with_light_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
             continue
         light = spec.replaced(light={f"{prefix}is_training": False})
         table = probe.presence()
-        segment = _segments(probe.modalities, table)[0]
+        segment = Segment.singles(probe.modalities, table)[0]
         try:
             difference = _difference(
                 true_student(probe, light, table, segment), true_student(probe, spec, table, segment)
@@ -182,11 +183,6 @@ def _tables(batch: int, count: int, mixed: bool) -> list[Tensor]:
     return [without_last, without_first]
 
 
-def _segments(modalities: Sequence[str], table: Tensor) -> list[Segment]:
-    rows = [table[:, m].nonzero().flatten() for m in range(len(modalities))]
-    return [Segment(name, index) for name, index in zip(modalities, rows, strict=True) if len(index)]
-
-
 def _rungs(
     spec: BackboneSpec, alternatives: Sequence[Mapping[str, tuple[str, ...]]]
 ) -> Iterator[tuple[str, BackboneSpec]]:
@@ -212,12 +208,13 @@ def _error(probe: Probe, spec: BackboneSpec, truth: References, noisy: bool) -> 
         reseed()
         keep = noisy and spec.students in ("replay", "mixed")
         fused = fused_pass(bound, probe.arguments(probe.images(), table), table, keep_random_state=keep)
-        for segment in _segments(probe.modalities, table):
-            if segment.modality not in alone:
+        for segment in Segment.singles(probe.modalities, table):
+            (name,) = segment.modalities
+            if name not in alone:
                 continue
             reseed()
             student = student_pass(bound, fused, [segment])[0]
-            worst = max(worst, _difference(student, alone[segment.modality]))
+            worst = max(worst, _difference(student, alone[name]))
             if worst > _tolerance(truth):
                 return worst
     return worst

@@ -119,7 +119,7 @@ def training_problems(probe: Probe, spec: BackboneSpec) -> tuple[list[str], list
             if not any(parameter.requires_grad for parameter in probe.backbone.parameters()):
                 return [], ["no parameter requires gradient: there is nothing to train"]
             if spec.students != "heads":
-                student_pass(bound, fused, [Segment(probe.modalities[0], rows)])
+                student_pass(bound, fused, [Segment(probe.modalities[:1], rows)])
     except BackboneError as error:
         return [f"in training mode: {error}"], []
     except Exception as error:
@@ -158,7 +158,7 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
                 for parameter in probe.backbone.parameters()
                 if parameter.requires_grad and owners.get(id(parameter), modality) == modality
             ]
-            segment = Segment(modality, torch.arange(probe.batch))
+            segment = Segment((modality,), torch.arange(probe.batch))
             reference = true_student(probe, spec, presence, segment).logits
             if not parameters or not reference.requires_grad:
                 continue
@@ -212,7 +212,7 @@ def true_student(probe: Probe, spec: BackboneSpec, presence: Tensor, segment: Se
         probe: the backbone, in a sandbox.
         spec: how to talk to it.
         presence: bool (B, M) of the call.
-        segment: modality and rows.
+        segment: modalities and rows.
         *changed: numbers of modalities that get other content.
     """
     bound = probe.bind(spec.replaced(encoders={}, students="rerun"))

@@ -4,12 +4,14 @@
 * :func:`read_split_csv`, :func:`write_split_csv`: the split files that were published with the paper.
 * :func:`all_subsets`, :func:`subset_name`, :func:`parse_subset`, :func:`subset_mask`: subsets by name.
 * :func:`drop_modalities`, :func:`blank_missing`, :class:`IncompleteDataset`: what the network gets to see.
+* :class:`EvenSubsets`: a sampler that draws every combination of modalities equally often.
 """
 
 from __future__ import annotations
 
 from passion_plugin.missing.dataset import IncompleteDataset, blank_missing
 from passion_plugin.missing.draw import draw_presence
+from passion_plugin.missing.even import EvenSubsets
 from passion_plugin.missing.presence import PresenceTable
 from passion_plugin.missing.splits import read_split_csv, write_split_csv
 from passion_plugin.missing.subsets import (
@@ -21,6 +23,7 @@ from passion_plugin.missing.subsets import (
 )
 
 __all__ = [
+    "EvenSubsets",
     "IncompleteDataset",
     "PresenceTable",
     "all_subsets",

@@ -72,6 +72,9 @@ class IncompleteDataset(Dataset[Any]):
     The image is (M, *spatial), a tensor or a numpy array, and stays what it is; the mask is a (M,) bool
     tensor. The wrapped data set's own tensors are never written to.
 
+    An item may also be asked for as ``(index, visible)``, as :class:`~passion_plugin.missing.EvenSubsets` does; then
+    only the modalities of ``visible``, a (M,) bool tensor, are left of what the sample has.
+
     Anything computed from the complete image *inside* the wrapped data set (a crop around a brain mask of all
     modalities, a joint normalisation) has seen what is missing: keep such steps out, or after this wrapper.
 
@@ -126,23 +129,25 @@ class IncompleteDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> Any:
-        """Return item ``index``, blanked, with its mask.
+    def __getitem__(self, index: int | tuple[int, Tensor]) -> Any:
+        """Return item ``index``, blanked, with its mask; of an ``(index, visible)`` only what is visible.
 
         Raises:
-            InputError: the item has no image of M channels, no id, or a mask already.
+            InputError: the item has no image of M channels, no id, or a mask already; ``visible`` shows what the
+                sample lacks, or nothing.
         """
+        index, visible = index if isinstance(index, tuple) else (index, None)
         item = self.dataset[index]
         if isinstance(item, Mapping):
-            return self._from_mapping(index, item)
+            return self._from_mapping(index, item, visible)
         if isinstance(item, (tuple, list)):
             if not item:
                 raise InputError(f"IncompleteDataset: item {index} is empty; need an image first")
-            image, mask = self._blank(index, item[0], self._row(index, None))
+            image, mask = self._blank(index, item[0], self._row(index, None, visible))
             return (image, mask, *item[1:])
-        return self._blank(index, item, self._row(index, None))
+        return self._blank(index, item, self._row(index, None, visible))
 
-    def _from_mapping(self, index: int, item: Mapping[str, Any]) -> dict[str, Any]:
+    def _from_mapping(self, index: int, item: Mapping[str, Any], visible: Tensor | None) -> dict[str, Any]:
         problems = [
             f"no key {key!r}.{suggest(key, map(str, item))}"
             for key in (self.image_key, self.id_key)
@@ -151,18 +156,30 @@ class IncompleteDataset(Dataset[Any]):
         if self.mask_key in item:
             problems.append(f"the key {self.mask_key!r} is taken; pass another mask_key")
         raise_problems(problems, what=f"IncompleteDataset: item {index}", error=InputError)
-        image, mask = self._blank(index, item[self.image_key], self._row(index, item))
+        image, mask = self._blank(index, item[self.image_key], self._row(index, item, visible))
         return {**item, self.image_key: image, self.mask_key: mask}
 
-    def _row(self, index: int, item: Mapping[str, Any] | None) -> Tensor:
-        if self.id_key is None:
-            return torch.tensor(self.table.presence[index])
-        if item is None:
+    def _row(self, index: int, item: Mapping[str, Any] | None, visible: Tensor | None) -> Tensor:
+        if self.id_key is not None and item is None:
             raise InputError(
                 f"IncompleteDataset: id_key={self.id_key!r} needs items that are dicts; pass id_key=None if "
                 "row i of the table belongs to item i"
             )
-        return torch.tensor(self.table[item[self.id_key]])
+        row = self.table.presence[index] if item is None or self.id_key is None else self.table[item[self.id_key]]
+        present = torch.tensor(row)
+        if visible is None:
+            return present
+        if visible.dtype != torch.bool or visible.shape != present.shape:
+            raise InputError(
+                f"IncompleteDataset: visible is {visible.dtype} of shape {tuple(visible.shape)}; pass torch.bool of "
+                f"shape ({len(present)},)"
+            )
+        if not visible.any() or bool((visible & ~present).any()):
+            raise InputError(
+                f"IncompleteDataset: visible={visible.tolist()} must show something that sample {index} has and "
+                f"nothing that it lacks; it has {present.tolist()}"
+            )
+        return visible
 
     def _blank(self, index: int, image: Any, mask: Tensor) -> tuple[Any, Tensor]:
         tensor = _as_tensor(image) if isinstance(image, np.ndarray) else image

@@ -1,0 +1,75 @@
+"""Drawing every combination of modalities equally often, however rare it is in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from passion_plugin.errors import ConfigError
+from passion_plugin.missing.presence import PresenceTable
+from passion_plugin.missing.subsets import all_subsets, subset_mask
+
+__all__ = ["EvenSubsets"]
+
+
+class EvenSubsets(Sampler[tuple[int, Tensor]]):
+    """Draw each subset of the modalities equally often, and for it a sample that contains it.
+
+    On data with missing modalities some combinations are rare and a loader shows them rarely; here all the
+    2^M - 1 subsets take turns in random order, each turn with a sample drawn uniformly from those that have at least
+    these modalities. This is the idea of HGA, the follow-up of PASSION by the same authors. Pass it as the sampler of a
+    loader over an :class:`~passion_plugin.missing.IncompleteDataset`, which shows of the sample only the subset.
+
+    Args:
+        table: who has what.
+        seed: of the draws. Every pass over the sampler draws anew; :meth:`set_epoch` says which pass it is.
+        length: draws in one pass; as many as there are samples when None.
+
+    Attributes:
+        subsets: the subsets that are drawn.
+        left_out: the subsets that no sample contains.
+
+    Raises:
+        ConfigError: a length below 1, or more than 16 modalities.
+
+    Example:
+        >>> table = PresenceTable.from_array([[1, 0, 1], [1, 1, 0]], ("flair", "t1ce", "t2"))
+        >>> sampler = EvenSubsets(table, seed=0, length=5)
+        >>> sampler.left_out
+        (('t1ce', 't2'), ('flair', 't1ce', 't2'))
+        >>> sorted(sum(mask.tolist()) for _, mask in sampler)
+        [1, 1, 1, 2, 2]
+    """
+
+    def __init__(self, table: PresenceTable, seed: int = 0, *, length: int | None = None) -> None:
+        if length is not None and length < 1:
+            raise ConfigError(f"EvenSubsets: length must be 1 or more, got {length!r}")
+        self.seed, self.length, self.epoch = seed, len(table) if length is None else length, 0
+        masks = {subset: subset_mask(subset, table.modalities).numpy() for subset in all_subsets(table.modalities)}
+        holders = {subset: np.flatnonzero(table.presence[:, mask].all(axis=1)) for subset, mask in masks.items()}
+        self.subsets = tuple(subset for subset, rows in holders.items() if len(rows))
+        self.left_out = tuple(subset for subset, rows in holders.items() if not len(rows))
+        self._masks = [masks[subset] for subset in self.subsets]
+        self._holders = [holders[subset] for subset in self.subsets]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``(index, visible)``: number of a sample and a (M,) bool mask, a subset of what the sample has."""
+        generator = np.random.default_rng((self.seed, self.epoch))
+        self.epoch += 1
+        order: list[int] = []
+        for _ in range(self.length):
+            if not order:
+                order = generator.permutation(len(self.subsets)).tolist()
+            number = order.pop()
+            yield int(generator.choice(self._holders[number])), torch.tensor(self._masks[number])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the next pass, for a training that is resumed."""
+        self.epoch = epoch

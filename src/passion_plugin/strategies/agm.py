@@ -1,0 +1,140 @@
+"""AGM: scale each encoder's gradient by how far its share of the prediction is from its running mean."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import ConfigError
+from passion_plugin.strategies.base import Strategy
+from passion_plugin.strategies.scores import compared, true_class_loss
+from passion_plugin.taps import Segment
+
+if TYPE_CHECKING:
+    from passion_plugin.step import TrainingStep
+
+__all__ = ["AGM", "mono_modal_responses"]
+
+_LARGEST_EXPONENT = 7.0
+
+
+def mono_modal_responses(step: TrainingStep) -> list[Tensor]:
+    r"""Split the logits of each sample into what its modalities contribute: their Shapley values.
+
+    .. math::
+        \phi_{bm} = \sum_{S \subseteq A_b \setminus \{m\}} \frac{|S|!\,(n_b - |S| - 1)!}{n_b!}
+        \bigl(z_b(S \cup \{m\}) - z_b(S)\bigr), \qquad z_b(\varnothing) = 0
+
+    with :math:`A_b` the :math:`n_b` available modalities of the sample. They sum to the logits from all of them.
+    The network cannot predict from nothing; zero logits, a uniform prediction, stand for that.
+
+    Args:
+        step: with a student for each non-empty proper subset of what each sample has.
+
+    Returns:
+        M tensors (B, K, *spatial); zeros where the sample lacks the modality.
+    """
+    modalities, full = step.bound.modalities, step.teacher.logits
+    full = full.to(torch.promote_types(full.dtype, torch.float32))
+    shape = (-1, *[1] * (full.ndim - 1))
+    number = step.presence.sum(1)
+    responses = []
+    for column, name in enumerate(modalities):
+        share = step.presence[:, column].double() / number
+        response = full * share.to(full).view(shape)
+        for student in step.students:
+            member = name in student.modalities
+            rows, size = student.rows, len(student.modalities) - member
+            weights = torch.tensor([_weight(size, n) for n in number[rows].tolist()], dtype=torch.float64)
+            weights = torch.where(step.presence[rows, column], weights, 0)
+            part = student.prediction.logits.to(full) * weights.to(full).view(shape)
+            response = response.index_add(0, rows.to(full.device), part, alpha=1 if member else -1)
+        responses.append(response)
+    return responses
+
+
+class AGM(Strategy):
+    r"""Adaptive gradient modulation (Li et al., ICCV 2023, arXiv:2308.07686).
+
+    .. math::
+        s_{bm} = -\log \mathrm{softmax}(\phi_{bm})_{y_b}, \qquad
+        d_m = \mathrm{mean}_b \frac{n_b}{n_b - 1} \bigl(\mathrm{mean}_{m'} s_{bm'} - s_{bm}\bigr), \qquad
+        r_m = e^{d_m}
+
+    .. math::
+        \kappa_m = \exp\bigl(\alpha \min(\tau_m - r_m,\ 7)\bigr), \qquad
+        \tau_m = \exp(\text{mean of } d_m \text{ over the steps before this one})
+
+    :math:`\phi` are the Shapley values of the logits (:func:`mono_modal_responses`), :math:`s` their class-balanced
+    cross-entropy, :math:`r_m > 1` says that modality m is ahead. The gradient that reaches a parameter of encoder m
+    is scaled by :math:`\kappa_m`.
+
+    Choices: the published code (github.com/lihong2303/AGM) scales the gradient that enters each :math:`\phi_m` and
+    keeps running means of s; both are the same for the encoders of a late-fusion network and on complete data.
+    Passes over subsets are run without gradient here, and only the encoders are scaled, so that the user's
+    prediction stays the one of the backbone. Missing modalities: the game is played among the modalities of each
+    sample; samples with a single one are left out, a modality without any sample left gets no hook and its running
+    mean rests. A sample with n modalities needs ``2^n - 2`` passes. With several processes each has its own means.
+
+    Args:
+        alpha: :math:`\alpha`, how strongly to scale.
+
+    Raises:
+        ConfigError: alpha is not a positive number.
+    """
+
+    name = "agm"
+    students = "scored"
+    scales_encoders = True
+    stateful = (*Strategy.stateful, "_mean", "_steps")
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < alpha < float("inf"):
+            raise ConfigError(f"AGM: alpha must be a positive number, got {alpha!r}")
+        self.alpha = float(alpha)
+
+    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+        """Get ready for one model; see :meth:`Strategy.prepare`."""
+        super().prepare(modalities, config)
+        self._mean = torch.zeros(len(self.modalities))
+        self._steps = torch.zeros(len(self.modalities))
+
+    def segments(self, presence: Tensor) -> list[Segment]:
+        """Every non-empty subset of the modalities, in the rows that have it and more."""
+        found = []
+        for size in range(1, len(self.modalities)):
+            for members in itertools.combinations(range(len(self.modalities)), size):
+                rows = presence[:, list(members)].all(1) & (presence.sum(1) > size)
+                if rows.any():
+                    found.append(Segment(tuple(self.modalities[m] for m in members), rows.nonzero().flatten()))
+        return found
+
+    @torch.no_grad()
+    def factors(self, step: TrainingStep, labels: Tensor) -> dict[str, Tensor]:
+        """Return kappa of the modalities that can be compared; see :meth:`Strategy.factors`."""
+        outputs = step.bound.spec.outputs
+        responses = mono_modal_responses(step)
+        scores = torch.stack([true_class_loss(response, labels, outputs) for response in responses], dim=1)
+        active = step.active.to(scores.device)
+        number = active.sum(1, keepdim=True)
+        mean = torch.where(active, scores, 0).sum(1, keepdim=True) / number.clamp(min=1)
+        ahead = torch.where(active, (mean - scores) * number / (number - 1).clamp(min=1), 0)
+        difference = ahead.sum(0) / active.sum(0).clamp(min=1)
+        self._mean = self._mean.to(difference)
+        kappa = torch.exp(self.alpha * (self._mean.exp() - difference.exp()).clamp(max=_LARGEST_EXPONENT))
+        measured = step.active.any(0)
+        self._steps += measured
+        rate = torch.where(measured, 1 / self._steps.clamp(min=1), 0)
+        self._mean = self._mean + rate.to(difference) * (difference - self._mean)
+        return {name: kappa[column] for column, name in compared(step)}
+
+
+def _weight(size: int, number: int) -> float:
+    return math.factorial(size) * math.factorial(number - size - 1) / math.factorial(number) if size < number else 0.0

@@ -1,0 +1,174 @@
+"""What a balancing rule is to the engine, and the rule that does nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from passion_plugin.balance import Preference
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import ConfigError, UsageError, raise_problems
+from passion_plugin.modulation import tied_encoders
+from passion_plugin.taps import Segment
+
+if TYPE_CHECKING:
+    from passion_plugin.backbone.binding import BoundBackbone
+    from passion_plugin.step import TrainingStep
+
+__all__ = ["Plain", "Strategy"]
+
+
+class Strategy:
+    """A balancing rule beside the user's own loss; subclass it and pass an object as ``strategy=``.
+
+    In each step the engine asks for :meth:`segments`, runs those passes, and calls :meth:`loss` and
+    :meth:`factors` once the target is known. Factors are put on the gradients of the encoders through hooks that
+    are removed before the next forward, so that they act within the backward of their own step only.
+
+    Attributes:
+        name: by which the registry knows it, and its state is recognised.
+        students: ``"none"``: there are no passes; ``"scored"``: their predictions are only looked at and carry
+            no gradient; ``"trained"``: :meth:`loss` differentiates through them.
+        scales_encoders: whether :meth:`factors` gives any; then every encoder needs parameters of its own.
+        needs_features: whether the step has to keep what the encoders put out.
+        noise: add Gaussian noise of its own standard deviation to each gradient that is scaled.
+        stateful: attributes that travel in the state: numbers, tensors, or dicts of tensors.
+        modalities: M names, known from :meth:`prepare` on.
+        epoch: number of epochs that ended.
+    """
+
+    name: ClassVar[str]
+    students: ClassVar[Literal["none", "scored", "trained"]] = "none"
+    scales_encoders: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
+    stateful: ClassVar[tuple[str, ...]] = ("epoch", "_sums", "_counts")
+    noise: bool = False
+
+    def __init__(self) -> None:
+        self.modalities: tuple[str, ...] = ()
+        self.epoch = 0
+
+    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+        """Get ready for one model; called once, before training.
+
+        Args:
+            modalities: M names, in mask-column order.
+            config: of the engine; a rule uses what is not about PASSION, such as ``backend``.
+
+        Raises:
+            UsageError: this object serves another model already.
+        """
+        if self.modalities:
+            raise UsageError(f"this {type(self).__name__} belongs to another model; make one for each model")
+        self.modalities = tuple(modalities)
+        self.config = config
+        self._sums = torch.zeros(len(self.modalities))
+        self._counts = torch.zeros(len(self.modalities))
+
+    def check(self, bound: BoundBackbone) -> None:
+        """Check that the rule can work on this backbone.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        problems = []
+        if (self.scales_encoders or self.needs_features) and not bound.encoders:
+            problems.append("it needs BackboneSpec.encoders, and none were given or found")
+        if self.students == "scored" and bound.spec.students == "heads":
+            problems.append(
+                "the students of this backbone are heads, which this rule would score without ever training them"
+            )
+        raise_problems(problems, what=f"strategy {self.name!r}")
+        if self.scales_encoders:
+            tied_encoders(bound.encoders, what=f"strategy {self.name!r} needs encoders of their own")
+
+    def segments(self, presence: Tensor) -> list[Segment]:
+        """Return which subsets of modalities to predict from, in which rows; none by default.
+
+        Args:
+            presence: bool (B, M) on the CPU.
+        """
+        return []
+
+    def loss(self, step: TrainingStep, labels: Tensor) -> Tensor | None:
+        """Return a scalar to add to the user's loss, or None.
+
+        Args:
+            step: teacher, students, presence and, if asked for, features of this step.
+            labels: (B, *spatial) or masks (B, K, *spatial), checked, at the resolution of the user's target.
+        """
+        return None
+
+    def factors(self, step: TrainingStep, labels: Tensor) -> dict[str, Tensor]:
+        """Return a scalar for each encoder whose gradient is to be scaled in the backward of this step.
+
+        Args:
+            step: as for :meth:`loss`, which is called first.
+            labels: as for :meth:`loss`.
+
+        Returns:
+            By modality; no entry where the batch says nothing about a modality, which then gets no hook.
+        """
+        return {}
+
+    def record(self, factors: Mapping[str, Tensor]) -> None:
+        """Add the factors of one step to what :meth:`end_epoch` reports; nothing waits for the device."""
+        for name, factor in factors.items():
+            column = self.modalities.index(name)
+            self._sums = self._sums.to(factor.device)
+            self._sums[column] += factor.detach()
+            self._counts[column] += 1
+
+    def end_epoch(self) -> Preference:
+        """End the epoch and report it.
+
+        Returns:
+            ``beta`` is the mean factor of each modality over the steps of the epoch that had one (1 where none
+            had), ``counts`` their number, of this process; a rule that updates weights reports those instead.
+        """
+        counts = self._counts.double()
+        mean = torch.where(counts > 0, self._sums.cpu().double() / counts, 1)
+        unknown = torch.full_like(mean, math.nan)
+        report = Preference(self.modalities, self.epoch, mean, torch.zeros_like(mean), unknown, counts)
+        self.epoch += 1
+        self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed training needs, on the CPU."""
+        return tree_map(_copied, {key: getattr(self, key) for key in self.stateful})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigError: it is incomplete.
+        """
+        lacking = [key for key in self.stateful if key not in state]
+        if lacking:
+            raise ConfigError(f"state of strategy {self.name!r}: no {', '.join(lacking)} in it")
+        for key in self.stateful:
+            setattr(self, key, tree_map(_copied, state[key]))
+
+
+class Plain(Strategy):
+    """No rule at all: training on the imperfect data as it is (IDT), the baseline of every comparison.
+
+    The encoders of missing modalities see blank images as with every other rule; there is no student and no loss
+    beside the user's own.
+
+    Example:
+        >>> Plain().segments(torch.ones(1, 2, dtype=torch.bool))
+        []
+    """
+
+    name = "plain"
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,116 @@
+"""RedCore's weights: modalities whose own loss lags behind get more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from passion_plugin.balance import Preference
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import ConfigError
+from passion_plugin.losses import segmentation_loss
+from passion_plugin.preference import PreferenceEstimator
+from passion_plugin.strategies.base import Strategy
+from passion_plugin.strategies.scores import by_modality
+from passion_plugin.students import active_students
+from passion_plugin.taps import Segment
+from passion_plugin.targets import resize_labels
+
+if TYPE_CHECKING:
+    from passion_plugin.step import TrainingStep
+
+__all__ = ["RedCore"]
+
+
+class RedCore(Strategy):
+    r"""Weigh the loss of each modality alone by its relative advantage (Sun et al., AAAI 2024, arXiv:2312.10386).
+
+    .. math::
+        L = \frac{u}{B} \sum_b \sum_m \beta_m S_{bm}, \qquad
+        RA_m = 1 - \frac{\hat S_m}{\mathrm{mean}_m \hat S}, \qquad
+        \beta \leftarrow \mathrm{rescale}(\mathrm{clip}(\beta - \eta\, RA, \beta_{min}, \beta_{max}))
+
+    with :math:`S_{bm}` the segmentation loss of the prediction from modality m alone and :math:`\hat S_m` its mean
+    over the samples of the epoch that have m. Only the weights are RedCore's; its imputation of missing
+    representations is another network. The update is that of PASSION's beta with losses instead of distances, and
+    is done by :class:`~passion_plugin.PreferenceEstimator`.
+
+    Missing modalities: :math:`S_{bm}` exists where the sample has m and at least one other modality; for a sample
+    with a single one the user's own loss is that loss already. A modality that an epoch lacks keeps its weight.
+
+    Args:
+        weight: u.
+        eta: :math:`\eta`, step size; grows as in PASSION by ``eta_growth`` every ``eta_every`` epochs.
+        eta_growth: factor on :math:`\eta`.
+        eta_every: epochs between two growths.
+        beta_min: smallest weight.
+        beta_max: largest weight before rescaling.
+
+    Raises:
+        ConfigError: a number that makes no sense.
+    """
+
+    name = "redcore"
+    students = "trained"
+    stateful = ("epoch",)
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        eta: float = 0.01,
+        eta_growth: float = 1.5,
+        eta_every: int = 100,
+        beta_min: float = 0.1,
+        beta_max: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"RedCore: weight must be a positive number, got {weight!r}")
+        self.weight = float(weight)
+        self.options: dict[str, Any] = {
+            "eta": eta,
+            "eta_growth": eta_growth,
+            "eta_every": eta_every,
+            "beta_min": beta_min,
+            "beta_max": beta_max,
+        }
+        PreferenceEstimator(("a", "b"), **self.options)  # Says now what is wrong with the options.
+
+    def prepare(self, modalities: Sequence[str], config: PassionConfig) -> None:
+        """Get ready for one model; see :meth:`Strategy.prepare`."""
+        super().prepare(modalities, config)
+        self.estimator = PreferenceEstimator(self.modalities, **self.options)
+
+    def segments(self, presence: Tensor) -> list[Segment]:
+        """Every modality alone, in the rows that have it beside another one."""
+        return Segment.singles(self.modalities, active_students(presence))
+
+    def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
+        """Return the weighted losses of the modalities alone, and count them for the end of the epoch."""
+
+        def segmentation(logits: Tensor, target: Tensor) -> Tensor:
+            target = resize_labels(target, tuple(logits.shape[2:]))
+            outputs = step.bound.spec.outputs
+            return segmentation_loss(logits, target, outputs=outputs, check_values=False, backend=self.config.backend)
+
+        losses = by_modality(step, labels, segmentation)
+        weighted = losses * self.estimator.beta.to(losses)
+        self.estimator.update(losses.detach(), step.presence)
+        return self.weight * weighted.sum(1).mean()
+
+    def end_epoch(self) -> Preference:
+        """Update the weights; to be called on every process, whose sums are added."""
+        self.epoch += 1
+        return self.estimator.end_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, sums and counts; see :meth:`Strategy.state_dict`."""
+        return {**super().state_dict(), "estimator": self.estimator.get_extra_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; see :meth:`Strategy.load_state_dict`."""
+        super().load_state_dict(state)
+        self.estimator.set_extra_state(state.get("estimator"))
