@@ -21,7 +21,7 @@ from examples.experiment.recipes import parse_recipe
 from examples.experiment.store import Store, Study
 from examples.experiment.views import Batches, predict_whole
 from examples.training import train
-from passion_plugin import PresenceTable, draw_presence
+from passion_plugin import PresenceTable, __version__, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
 
@@ -118,15 +118,17 @@ def train_cell(
     return model, {
         "run": {
             "status": "ok",
-            "missing": {name: round(rate, 4) for name, rate in presence.missing_rates.items()},
+            "missing": ",".join(f"{name}={rate:.4g}" for name, rate in presence.missing_rates.items()),
             "training_seconds": round(seconds, 2),
             "steps": study.steps,
             "patch": study.patch,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights": sum(p.numel() for p in model.parameters()),
             "drawing": recipe.drawing,
-            "config": recipe.config.as_dict() if recipe.config else {},
+            "rule": recipe.rule,
+            "parameters": recipe.parameters,
             "threads": torch.get_num_threads(),
             "device": device,
+            "package": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -6,12 +6,14 @@ share a folder and any of them may be killed at any time.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.experiment import packing
 from examples.experiment.cells import Cell
 from passion_plugin.errors import ConfigError, raise_problems
 
@@ -87,22 +89,35 @@ class Store:
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell is finished."""
-        return self._path(cell).is_file()
+        return self._path(cell).is_file() or cell.key in self._packed
 
     def save(self, cell: Cell, record: dict[str, Any]) -> None:
         """Add a finished cell."""
         _write(self._path(cell), json.dumps({"cell": asdict(cell), **record}, separators=(",", ":")))
 
     def records(self) -> list[dict[str, Any]]:
-        """All finished cells."""
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("cells/*.json"))]
+        """All finished cells, ``{"cell", "run", "history", "scores"}`` each, in a fixed order."""
+        found = packing.unpack(self.folder)
+        for path in self.folder.glob("cells/*.json"):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found[Cell(**record["cell"]).key] = record
+        return [found[key] for key in sorted(found)]
+
+    def pack(self) -> None:
+        """Write all finished cells as the CSV files that are committed; what is in them counts as finished."""
+        for name, content in packing.pack(self.records(), self.study().modalities).items():
+            _write(self.folder / name, content)
+
+    @functools.cached_property
+    def _packed(self) -> set[str]:
+        return set(packing.unpack(self.folder))
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.key}.json"
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,46 +13,39 @@ from torch.nn import functional as F
 
 from passion_plugin import PresenceTable
 from passion_plugin.evaluation.inference import Predict
-from passion_plugin.missing import all_subsets, blank_missing, drop_modalities, subset_mask
+from passion_plugin.missing import EvenSubsets, blank_missing, drop_modalities
 
 __all__ = ["DRAWINGS", "Batches", "predict_whole"]
 
 Draws = Iterator[tuple[int, Tensor]]
 
 
-def draw_all(table: PresenceTable, seed: int) -> Draws:
+def draw_all(table: PresenceTable, seed: int, count: int) -> Draws:
     """Every patient equally often, in random order, with all that it has."""
-    presence = torch.tensor(table.presence)
     random = np.random.default_rng(seed)
-    while True:
-        for index in random.permutation(len(presence)).tolist():
-            yield index, presence[index]
+    passes = (random.permutation(len(table)).tolist() for _ in itertools.count())
+    for index in itertools.islice(itertools.chain.from_iterable(passes), count):
+        yield index, torch.tensor(table.presence[index])
 
 
-def draw_drop(table: PresenceTable, seed: int) -> Draws:
+def draw_drop(table: PresenceTable, seed: int, count: int) -> Draws:
     """The same patients in the same order, with a random non-empty part of what they have."""
     generator = torch.Generator().manual_seed(seed)
-    for index, present in draw_all(table, seed):
+    for index, present in draw_all(table, seed, count):
         yield index, drop_modalities(present[None], generator=generator)[0]
 
 
-def draw_even(table: PresenceTable, seed: int) -> Draws:
-    """A combination of modalities, each equally likely, then one of the patients that have it."""
-    masks = [subset_mask(subset, table.modalities) for subset in all_subsets(table.modalities)]
-    holders = [np.flatnonzero(table.presence[:, mask.numpy()].all(axis=1)) for mask in masks]
-    pairs = [(mask, found) for mask, found in zip(masks, holders, strict=True) if len(found)]
-    random = np.random.default_rng(seed)
-    while True:
-        mask, found = pairs[int(random.integers(len(pairs)))]
-        yield int(random.choice(found)), mask
+def draw_even(table: PresenceTable, seed: int, count: int) -> Draws:
+    """A combination of modalities, all of them in turn, then one of the patients that have it."""
+    yield from EvenSubsets(table, seed, length=count)
 
 
-DRAWINGS: Mapping[str, Callable[[PresenceTable, int], Draws]] = {
+DRAWINGS: Mapping[str, Callable[[PresenceTable, int, int], Draws]] = {
     "all": draw_all,
     "drop": draw_drop,
     "even": draw_even,
 }
-"""Endless draws (patient, visible modalities (M,) bool) from a table and a seed."""
+"""``count`` draws (patient, visible modalities (M,) bool) from a table and a seed."""
 
 
 class Batches:
@@ -89,7 +83,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches ``{"image": (B, M, *size), "mask": (B, M) bool, "label": (B, *size)}``."""
-        draws = DRAWINGS[self.drawing](self.table, self.seed)
+        draws = DRAWINGS[self.drawing](self.table, self.seed, self.steps * self.batch_size)
         for step in range(self.steps):
             drawn = [next(draws) for _ in range(self.batch_size)]
             first = step * self.batch_size
