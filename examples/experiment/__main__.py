@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from examples.backbones import BACKBONES
-from examples.experiment import runner
+from examples.experiment import report, runner
 from examples.experiment.cells import assignments, grid, parse_rates, shard
-from examples.experiment.recipes import parse_recipe
+from examples.experiment.recipes import ALIASES, parse_recipe
 from examples.experiment.store import Store, Study
+from examples.experiment.views import DRAWINGS
 from examples.training import TASKS
 from passion_plugin import draw_presence
 from passion_plugin.errors import ConfigError, PassionError, raise_problems, suggest
+from passion_plugin.strategies import strategy_names
 
 __all__ = ["main", "parser"]
 
@@ -26,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
         description="Train networks with several strategies on incomplete data and score them on every subset of "
         "modalities. What is finished is never computed again: give the same command to go on. "
         "'python -m examples.experiment report --help' makes tables and pictures.",
-        epilog=f"Strategies: {parse_recipe.__module__} lists them. Networks: {', '.join(BACKBONES)}.",
+        epilog=f"Rules: {', '.join(strategy_names())}. Drawings: {', '.join(DRAWINGS)}; {', '.join(ALIASES)} alone are "
+        f"plain with that drawing. Networks: {', '.join(BACKBONES)}.",
     )
     add = result.add_argument
     add("--data", default="phantom", help="'phantom', 'phantom-tiny', a folder, or module:function(fold=) -> Cohort")
@@ -52,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns how many cells were trained."""
+    """Run what the command line asks for; returns how many cells were trained, or how many blocks reported."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["report"]:
+        return report.main(arguments[1:])
     command = parser()
     options = command.parse_args(arguments)
     if options.threads:
@@ -99,6 +106,7 @@ def _run(options: argparse.Namespace) -> int:
         widths=options.widths or list(cohort.widths),
         task=options.loss,
         hd95=not options.no_hd95,
+        unit="mm" if "spacing" in cohort.test[0] else "voxels",
     )
     return runner.run(
         shard(cells, int(part), int(parts)),

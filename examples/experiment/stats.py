@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
     Attributes:
         mean: over units; NaN when there are none.
-        low: 2.5th percentile of the bootstrap.
+        low: 2.5th percentile of the bootstrap; NaN with a single unit.
         high: 97.5th percentile.
         units: number of independent units, patients or pairs of fold and seed.
         runs: number of trainings behind it (of each strategy, for a difference).
@@ -139,8 +139,11 @@ def _interval(samples: Sequence[Sample], means: Mapping[Any, float], strata: Map
     runs = len({sample.block for sample in samples})
     if not means:
         return Interval(float("nan"), float("nan"), float("nan"), 0, 0)
-    low, high = bootstrap(list(means.values()), [strata[unit] for unit in means])
-    return Interval(statistics.fmean(means.values()), low, high, len(means), runs)
+    # A single unit says nothing about how much units differ.
+    bounds = (
+        bootstrap(list(means.values()), [strata[unit] for unit in means]) if len(means) > 1 else (float("nan"),) * 2
+    )
+    return Interval(statistics.fmean(means.values()), *bounds, len(means), runs)
 
 
 def _means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:

@@ -37,6 +37,7 @@ class Study:
         widths: channels of the networks, by level.
         task: the user's own loss.
         hd95: whether the 95 % Hausdorff distance was computed too.
+        unit: of that distance, ``"mm"`` or ``"voxels"``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Study:
     widths: list[int]
     task: str
     hd95: bool
+    unit: str = "mm"
 
 
 class Store:
