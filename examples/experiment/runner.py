@@ -27,7 +27,7 @@ from passion_plugin.evaluation import SubsetResults, evaluate_subsets
 
 __all__ = ["load", "presence_of", "run", "train_cell"]
 
-_EPOCHS_KEPT = 25
+_EPOCHS_KEPT = 15
 _PHANTOMS = {"phantom": (32, 12, 40), "phantom-tiny": (4, 2, 16)}
 
 
@@ -164,7 +164,7 @@ def run_cell(
         start = time.perf_counter()
         results = evaluate(model, cohort, study)
         record["run"]["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-        digits = {"dice": 5, "hd95": 2}
+        digits = {"dice": 4, "hd95": 1}
         record["scores"] = [
             [*row[:4], None if row.value is None else round(row.value, digits[row.metric]), row.status]
             for row in results.rows
