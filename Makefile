@@ -10,15 +10,17 @@ JOBS   ?= 2
 DATA   ?=
 # Where the demo leaves its table and pictures.
 OUT    ?= runs/demo
+# Where results-smoke leaves its results and its page.
+SMOKE  ?= runs/results-smoke
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docs format clean
+.PHONY: help setup demo results-smoke test lint types docs format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch first and pinned, so that no later step picks another build. pip 25.1 is the first with --group.
 $(STAMP): pyproject.toml
@@ -32,6 +34,12 @@ setup: $(STAMP) ## create .venv with the package, its extras and the tools
 
 demo: $(STAMP) ## train with and without PASSION, leave a table and pictures (DATA=folder for real data)
 	$(PY) -m examples.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+results-smoke: $(STAMP) ## the whole chain of an experiment on tiny phantoms: train, evaluate, tables, pictures, page
+	rm -rf $(SMOKE)
+	$(PY) -m examples.experiment --data phantom-tiny --strategies plain passion --steps 4 --patch 16 --threads 1 \
+	  --results $(SMOKE)/phantom $(ARGS)
+	$(PY) -m examples.experiment report --results $(SMOKE)/phantom --data phantom-tiny --out $(SMOKE)
 
 test: $(STAMP) ## tests, doctests and the code blocks of the documentation
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)

@@ -8,13 +8,13 @@ python -m benchmarks.report --check    # exit status 1 if the page does not say 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.results import FOLDER, Row, read
+from examples.markdown import marked_blocks, with_block
 
 __all__ = ["PAGE", "PICTURE", "blocks", "filled", "main"]
 
@@ -47,16 +47,11 @@ def filled(page: str, texts: dict[str, str]) -> str:
     Raises:
         ValueError: a block has no markers, or markers no block.
     """
-    marked = re.findall(r"<!-- begin: (.+?) -->", page)
+    marked = marked_blocks(page)
     if sorted(marked) != sorted(texts):
         raise ValueError(f"the page has markers for {marked}, the results give {list(texts)}")
     for name, text in texts.items():
-        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-        before, _, rest = page.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"the page lacks the marker {end}")
-        page = f"{before}{begin}\n{text}\n{end}{after}"
+        page = with_block(page, name, text)
     return page
 
 

@@ -1,6 +1,6 @@
 """Patients for the examples: the phantom that ships with the package, or real data from a folder.
 
-A :class:`Cohort` is all that the demo needs to know: who is in training, who is in the test set, how often
+A :class:`Cohort` is all that demo and experiment need to know: who is in training, who is in the test set, how often
 each modality is missing in training. Real data is read from a folder and never copied into the repository.
 
 Formats of a folder with ``index.json`` (soft-tissue sarcoma: CT, FDG-PET, T1 MR with an expert outline of the
@@ -25,9 +25,25 @@ from torch.utils.data import Dataset
 from passion_plugin.evaluation import BRATS_REGIONS
 from passion_plugin.phantom import CLASSES, MODALITIES, PhantomDataset, standardise
 
-__all__ = ["Cases", "Cohort", "RandomPatches", "load_cohort", "ms4_cohort", "phantom_cohort", "sts_cohort"]
+__all__ = [
+    "Cases",
+    "Cohort",
+    "RandomPatches",
+    "load_cohort",
+    "ms4_cohort",
+    "phantom_cohort",
+    "sts_cohort",
+    "sts_slices",
+]
 
 Item = dict[str, Any]
+
+STS_MODALITIES = ("ct", "pet", "t1")
+STS_CREDIT = (
+    "Vallières et al. 2015, Soft-tissue-Sarcoma, The Cancer Imaging Archive, "
+    "doi:10.7937/K9/TCIA.2015.7GO2GSKS, CC BY 3.0, processed by the IBSI validation study; "
+    "reduced in resolution and to 8 bits here"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,9 @@ class Cohort:
         credit: to be quoted wherever a figure is shown.
         steps: default number of optimizer steps, for a demo of a few minutes.
         patch: default size of the training patches, voxels per axis.
+        ndim: 3, or 2 to train and predict slice by slice, across the first spatial axis.
+        batch_size: default number of patches or slices per step.
+        widths: default channels of the network, by level.
     """
 
     name: str
@@ -57,6 +76,9 @@ class Cohort:
     credit: str = ""
     steps: int = 200
     patch: int = 24
+    ndim: int = 3
+    batch_size: int = 2
+    widths: tuple[int, ...] = (8, 12, 16, 24)
 
     @property
     def num_classes(self) -> int:
@@ -69,33 +91,36 @@ class Cases(Dataset[Item]):
 
     Args:
         ids: names, in order.
-        read: ``read(id)`` gives image (M, *spatial) float32 and label (*spatial) int64.
-        multiple: spatial sizes are padded with zeros (background) to a multiple of this.
+        read: ``read(id)`` gives image (M, *spatial) float32, label (*spatial) int64, and if it is known the
+            spacing, mm per spatial axis.
+        least: spatial sizes are padded with zeros (background) to at least this
+        multiple: and to a multiple of this.
     """
 
     def __init__(
         self,
         ids: Sequence[str],
-        read: Callable[[str], tuple[NDArray[np.float32], NDArray[np.int64]]],
+        read: Callable[[str], tuple[NDArray[Any], ...]],
+        least: int = 16,
         multiple: int = 8,
     ) -> None:
         self.ids = list(ids)
         self._read = read
-        self._multiple = multiple
-        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._least, self._multiple = least, multiple
+        self._cache: dict[int, Item] = {}
 
     def __len__(self) -> int:
         """Number of patients."""
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Item:
-        """``{"image": (M, *spatial) float32, "label": (*spatial) int64, "id": str}``."""
+        """``{"image": (M, *spatial) float32, "label": (*spatial) int64, "id": str}``, and ``"spacing"`` if known."""
         if index not in self._cache:
-            image, label = (torch.from_numpy(part) for part in self._read(self.ids[index]))
-            least = [max(16, -(-size // self._multiple) * self._multiple) for size in label.shape]
-            self._cache[index] = pad_to(image, least), pad_to(label, least)
-        image, label = self._cache[index]
-        return {"image": image.clone(), "label": label.clone(), "id": self.ids[index]}
+            parts = [torch.from_numpy(part) for part in self._read(self.ids[index])]
+            size = [max(self._least, -(-s // self._multiple) * self._multiple) for s in parts[1].shape]
+            padded = [pad_to(part, size) for part in parts[:2]]
+            self._cache[index] = dict(zip(("image", "label", "spacing"), [*padded, *parts[2:]], strict=False))
+        return {**{key: part.clone() for key, part in self._cache[index].items()}, "id": self.ids[index]}
 
 
 class RandomPatches(Dataset[Item]):
@@ -185,38 +210,76 @@ def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
 
     The label is the expert outline of the tumour. PET, which shows it best, is missing most often.
     """
+    train, test = _sts_folds(folder, fold)
+
+    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        image, stored = _read_sts(folder / f"{name}.npz")
+        return image, stored["gtv"].astype(np.int64)
+
+    return Cohort(
+        name=f"soft-tissue sarcoma, fold {fold}",
+        modalities=STS_MODALITIES,
+        classes=("background", "gross tumour volume"),
+        regions={"GTV": (1,)},
+        missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
+        train=Cases(train, read),
+        test=Cases(test, read),
+        credit=STS_CREDIT,
+        # More of the body has to be in view than of the phantom, to tell a tumour from other soft tissue.
+        steps=400,
+        patch=32,
+    )
+
+
+def sts_slices(folder: Path, fold: int = 0) -> Cohort:
+    """The same patients slice by slice, with the metabolically active part of the tumour as a second class.
+
+    Volumes are neither padded nor resampled, so that scores are those of the data as it is stored.
+    """
+    train, test = _sts_folds(folder, fold)
+
+    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        image, stored = _read_sts(folder / f"{name}.npz")
+        gtv = stored["gtv"].astype(np.int64)
+        return image, gtv + gtv * stored["mtv"], stored["spacing"]
+
+    return Cohort(
+        name="soft-tissue sarcoma",
+        modalities=STS_MODALITIES,
+        classes=("background", "tumour, not active", "tumour, active"),
+        regions={"gtv": (1, 2), "mtv": (2,)},
+        missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
+        train=Cases(train, read, least=1, multiple=1),
+        test=Cases(test, read, least=1, multiple=1),
+        credit=STS_CREDIT,
+        steps=600,
+        patch=64,
+        ndim=2,
+        batch_size=8,
+        widths=(8, 16, 32, 48),
+    )
+
+
+def _sts_folds(folder: Path, fold: int) -> tuple[list[str], list[str]]:
+    """Training and test patients of one fold."""
     subjects = json.loads((folder / "index.json").read_text())["subjects"]
     folds = {name: int(entry["fold"]) for name, entry in sorted(subjects.items())}
     if fold not in folds.values():
         known = sorted(set(folds.values()))
         raise ValueError(f"fold {fold} is not in {folder / 'index.json'}; it has {known}.")
+    train = [name for name, place in folds.items() if place != fold]
+    return train, [name for name, place in folds.items() if place == fold]
 
-    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        with np.load(folder / f"{name}.npz") as file:
-            stored = {key: file[key].astype(np.float32) for key in ("ct", "pet", "t1")}
-            label = file["gtv"].astype(np.int64)
-        # CT and PET are quantitative and keep a common scale; MR is scaled within its own field of view.
-        # Air and no uptake are 0 in all of them, as are the padding and a modality that is missing.
-        ct = 2 * stored["ct"] / 100
-        pet = np.sqrt(30) * stored["pet"] / 255
-        t1 = standardise(stored["t1"][None])[0]
-        return np.stack([ct, pet, t1]).astype(np.float32), label
 
-    return Cohort(
-        name=f"soft-tissue sarcoma, fold {fold}",
-        modalities=("ct", "pet", "t1"),
-        classes=("background", "gross tumour volume"),
-        regions={"GTV": (1,)},
-        missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
-        train=Cases([name for name, place in folds.items() if place != fold], read),
-        test=Cases([name for name, place in folds.items() if place == fold], read),
-        credit="Vallières et al. 2015, Soft-tissue-Sarcoma, The Cancer Imaging Archive, "
-        "doi:10.7937/K9/TCIA.2015.7GO2GSKS, CC BY 3.0, processed by the IBSI validation study; "
-        "reduced in resolution and to 8 bits here",
-        # More of the body has to be in view than of the phantom, to tell a tumour from other soft tissue.
-        steps=400,
-        patch=32,
-    )
+def _read_sts(path: Path) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+    """The image (3, z, y, x) of one patient, and all that is stored."""
+    with np.load(path) as file:
+        stored = {key: file[key] for key in file.files}
+    ct, pet, t1 = (stored[key].astype(np.float32) for key in STS_MODALITIES)
+    # CT and PET are quantitative and keep a common scale; MR is scaled within its own field of view.
+    # Air and no uptake are 0 in all of them, as are the padding and a modality that is missing.
+    image = np.stack([2 * ct / 100, np.sqrt(30) * pet / 255, standardise(t1[None])[0]])
+    return image.astype(np.float32), stored
 
 
 def ms4_cohort(folder: Path) -> Cohort:

@@ -15,18 +15,20 @@ import argparse
 import csv
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from examples import figures
 from examples.backbones import BACKBONES, RFNetLike, rfnet_spec
 from examples.data import Cohort, RandomPatches, load_cohort
+from examples.markdown import aligned
+from examples.training import train
 from passion_plugin import (
     IncompleteDataset,
     PassionConfig,
@@ -36,9 +38,8 @@ from passion_plugin import (
     draw_presence,
 )
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
-from passion_plugin.losses import dice_loss, weighted_cross_entropy
 
-__all__ = ["Run", "compare", "criterion", "main", "parse", "run", "table", "train", "write"]
+__all__ = ["Run", "compare", "main", "parse", "run", "table", "write"]
 
 
 @dataclass(frozen=True)
@@ -56,82 +57,6 @@ class Run:
     results: SubsetResults
     history: list[Preference]
     seconds: float
-
-
-def criterion(prediction: Any, target: Tensor, mask: Tensor) -> Tensor:
-    """The user's own loss, a scalar: weighted cross-entropy and Dice.
-
-    Args:
-        prediction: logits (B, K, *spatial), or RFNet-like ``(logits, unimodal, coarse)``. Then the uni-modal
-            predictions of present modalities are supervised too, and the coarse ones, each level with half
-            the weight of the finer one.
-        target: labels (B, *spatial).
-        mask: (B, M) bool, True = present.
-    """
-    logits, unimodal, coarse = prediction if isinstance(prediction, tuple) else (prediction, (), ())
-    loss = _segmentation_loss(logits, target).mean()
-    for present, output in zip(mask.unbind(1), unimodal, strict=False):
-        loss = loss + torch.where(present, _segmentation_loss(output, target), 0).mean()
-    for level, output in enumerate(coarse):
-        small = target[(slice(None), *[slice(None, None, 2**level)] * (target.ndim - 1))]
-        loss = loss + 0.5 ** (level + 1) * _segmentation_loss(output, small).mean()
-    return loss
-
-
-def _segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return weighted_cross_entropy(logits, target) + dice_loss(logits, target)
-
-
-def train(
-    model: nn.Module,
-    loader: Iterable[dict[str, Any]],
-    *,
-    steps: int,
-    steps_per_epoch: int,
-    wrap: Callable[[nn.Module], PassionWrapper] | None = None,
-    lr: float = 3e-3,
-    name: str = "plain",
-) -> list[Preference]:
-    """An ordinary training loop; the three places that know of PASSION are numbered.
-
-    Args:
-        model: the backbone; trained in place.
-        loader: yields ``"image"`` (B, M, *spatial), ``"mask"`` (B, M) bool and ``"label"`` (B, *spatial).
-        steps: number of batches in ``loader``.
-        steps_per_epoch: after so many the preference is updated.
-        wrap: how to wrap the backbone; None trains plainly.
-        lr: peak learning rate of AdamW, decayed polynomially to 0.
-        name: for the progress bar.
-
-    Returns:
-        The preference after every epoch, empty without ``wrap``.
-    """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    passion = wrap(model) if wrap else None  # 1: wrap
-    network = passion or model
-    network.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
-    history = []
-    with tqdm(loader, total=steps, desc=f"train {name}", unit="step", mininterval=1.0) as bar:
-        for step, batch in enumerate(bar, start=1):
-            prediction = network(batch["image"], batch["mask"])
-            loss = criterion(prediction, batch["label"], batch["mask"])
-            if passion:
-                loss = loss + passion.passion_loss(batch["label"])  # 2: distil
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            schedule.step()
-            if passion and (step % steps_per_epoch == 0 or step == steps):
-                history.append(passion.end_epoch())  # 3: update the preference
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    if passion:
-        passion.unwrap()
-    return history
 
 
 def run(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, *, passion: bool) -> Run:
@@ -206,18 +131,6 @@ def table(plain: SubsetResults, passion: SubsetResults) -> tuple[str, list[dict[
             ]
             lines.append([record["subset"], *cells, str(record["n"])])
     return aligned(lines), records
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text; the first line is the header."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def text(line: Sequence[str]) -> str:
-        first, *rest = zip(line, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)]) + " |"
-
-    dashes = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return "\n".join([text(lines[0]), f"|{'|'.join(dashes)}|", *map(text, lines[1:])]) + "\n"
 
 
 def compare(cohort: Cohort, options: argparse.Namespace) -> dict[str, Run]:

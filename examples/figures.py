@@ -1,4 +1,4 @@
-"""Pictures of the demo: preference curves, heat maps of subsets, overlays of predictions."""
+"""Pictures of the demo: preference curves, heat maps of subsets, overlays of predictions; and what others reuse."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from passion_plugin.evaluation import SubsetResults
 if TYPE_CHECKING:
     from examples.data import Cohort
 
-__all__ = ["heat_maps", "overlays", "preference_curves"]
+__all__ = [
+    "COLOURS",
+    "foot",
+    "heat_maps",
+    "label_legend",
+    "new_figure",
+    "on_black",
+    "overlays",
+    "paint",
+    "preference_curves",
+]
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def _figure(**options: Any) -> Any:
+def new_figure(**options: Any) -> Any:
     # Figure without pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
@@ -30,11 +40,11 @@ def _figure(**options: Any) -> Any:
 
 def preference_curves(history: Sequence[Preference], missing: Mapping[str, float], path: Path) -> None:
     """Relative preference and beta by epoch, one line per modality."""
-    figure = _figure(figsize=(8, 3.2))
+    figure = new_figure(figsize=(8, 3.2))
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(history) + 1)
     for m, (name, rate) in enumerate(missing.items()):
-        style = {"color": _COLOURS[m % len(_COLOURS)], "label": f"{name} (missing in {rate:.0%})"}
+        style = {"color": COLOURS[m % len(COLOURS)], "label": f"{name} (missing in {rate:.0%})"}
         left.plot(epochs, [float(entry.relative_preference[m]) for entry in history], **style)
         right.plot(epochs, [float(entry.beta[m]) for entry in history], **style)
     left.axhline(0, color="0.6", linewidth=0.8)
@@ -51,7 +61,7 @@ def heat_maps(plain: SubsetResults, passion: SubsetResults, path: Path, credit: 
     """Dice by subset and region: both runs on one scale, and the difference."""
     difference = passion.compare(plain)
     panels = {"plain": plain, "PASSION": passion, "difference": difference}
-    figure = _figure(figsize=(3 + 2.2 * len(panels), 1.4 + 0.3 * len(plain.subsets)))
+    figure = new_figure(figsize=(3 + 2.2 * len(panels), 1.4 + 0.3 * len(plain.subsets)))
     values = {
         name: 100 * torch.tensor([[r.mean(subsets=s, targets=t) for t in r.targets] for s in r.subsets])
         for name, r in panels.items()
@@ -69,7 +79,7 @@ def heat_maps(plain: SubsetResults, passion: SubsetResults, path: Path, credit: 
         axes.set_xticks(range(len(plain.targets)), plain.targets)
         axes.set_yticks(range(len(plain.subsets)), plain.subsets, fontsize=8)
         axes.set_title(f"{name}, Dice {'(points)' if signed else '(%)'}", fontsize=9)
-    _foot(figure, credit)
+    foot(figure, credit)
     figure.savefig(path, dpi=150)
 
 
@@ -82,22 +92,22 @@ def overlays(models: Mapping[str, nn.Module], cohort: Cohort, path: Path) -> Non
     masks = [*torch.eye(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)]
     rows = [*cohort.modalities, "all"]
     columns = ["image", "truth", *models]
-    figure = _figure(figsize=(1.9 * len(columns), 2.0 * len(rows)))
+    figure = new_figure(figsize=(1.9 * len(columns), 2.0 * len(rows)))
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, name, mask in zip(grid, rows, masks, strict=True):
         shown = image[int(mask.nonzero()[0])] if name != "all" else image[0]
         segmentations = [None, label, *(_segment(model, image, mask) for model in models.values())]
         for axes, title, segmentation in zip(line, columns, segmentations, strict=True):
-            axes.imshow(_on_black(shown[z]), cmap="gray")
+            axes.imshow(on_black(shown[z]), cmap="gray")
             if segmentation is not None:
-                axes.imshow(_paint(segmentation[z], cohort.num_classes), interpolation="nearest")
+                axes.imshow(paint(segmentation[z], cohort.num_classes), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             if name == rows[0]:
                 axes.set_title(title, fontsize=10)
         line[0].set_ylabel(name, fontsize=10)
-    _label_legend(figure, cohort.classes)
-    _foot(figure, cohort.credit)
+    label_legend(figure, cohort.classes)
+    foot(figure, cohort.credit)
     figure.savefig(path, dpi=120)
 
 
@@ -112,12 +122,12 @@ def _segment(model: nn.Module, image: Tensor, mask: Tensor) -> Tensor:
     return labels
 
 
-def _on_black(image: Tensor) -> Any:
+def on_black(image: Tensor) -> Any:
     """A slice (y, x) in which what is exactly 0, outside the body, is as dark as the darkest voxel."""
     return torch.where(image == 0, image.min(), image).numpy()
 
 
-def _paint(label: Tensor, num_classes: int) -> Any:
+def paint(label: Tensor, num_classes: int) -> Any:
     """RGBA picture (y, x, 4) of labels (y, x); the background is transparent."""
     from matplotlib.colors import to_rgba
 
@@ -126,17 +136,17 @@ def _paint(label: Tensor, num_classes: int) -> Any:
 
 
 def _label_colour(label: int) -> str:
-    return _COLOURS[label % len(_COLOURS)]
+    return COLOURS[label % len(COLOURS)]
 
 
-def _label_legend(figure: Any, classes: Sequence[str]) -> None:
+def label_legend(figure: Any, classes: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=_label_colour(k), label=name) for k, name in enumerate(classes) if k]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
 
 
-def _foot(figure: Any, credit: str) -> None:
+def foot(figure: Any, credit: str) -> None:
     if credit:
         import textwrap
 

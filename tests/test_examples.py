@@ -19,7 +19,9 @@ from examples.backbones import BACKBONES, rfnet_spec
 from examples.backbones.blocks import keep_present
 from examples.backbones.uhemis_like import mean_and_variance
 from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort
+from examples.training import criterion, train
 from passion_plugin import PassionConfig, PassionWrapper, draw_presence
+from passion_plugin.losses import dice_loss, weighted_cross_entropy
 
 NAMES = ("ct", "pet", "t1")
 SUBSETS = [[True, False, False], [False, True, True], [True, True, True]]
@@ -321,7 +323,7 @@ def test_every_backbone_trains_in_the_loop_of_the_demo_and_comes_out_bare(name: 
     model = network(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attributes = set(vars(model))
-    history = demo.train(model, batches(3), steps=3, steps_per_epoch=2, wrap=wrapper())
+    history = train(model, batches(3), steps=3, steps_per_epoch=2, wrap=wrapper())
     assert [entry.epoch for entry in history] == [0, 1]
     assert history[0].counts.tolist() == [4, 2, 4]
     assert set(vars(model)) == attributes
@@ -333,7 +335,7 @@ def test_all_weights_zero_is_the_plain_run_bit_for_bit() -> None:
     # Same weights, same batches, same random numbers: whatever differs otherwise is the loss.
     def trained(wrap: Callable[[nn.Module], PassionWrapper] | None) -> list[torch.Tensor]:
         model = network("uhemis")
-        demo.train(model, batches(3), steps=3, steps_per_epoch=3, wrap=wrap)
+        train(model, batches(3), steps=3, steps_per_epoch=3, wrap=wrap)
         return list(model.parameters())
 
     plain = trained(None)
@@ -345,16 +347,16 @@ def test_all_weights_zero_is_the_plain_run_bit_for_bit() -> None:
 
 def test_auxiliary_outputs_are_supervised_where_their_modality_is_present() -> None:
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return demo.weighted_cross_entropy(logits, labels) + demo.dice_loss(logits, labels)
+        return weighted_cross_entropy(logits, labels) + dice_loss(logits, labels)
 
     labels, mask = torch.randint(3, (2, 8, 8)), torch.tensor([[True, False], [True, True]])
     logits, *unimodal = torch.randn(3, 2, 3, 8, 8)
     coarse = (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4))
-    total = demo.criterion((logits, tuple(unimodal), coarse), labels, mask)
+    total = criterion((logits, tuple(unimodal), coarse), labels, mask)
     expected = loss(logits, labels).sum() + loss(unimodal[0], labels).sum() + loss(unimodal[1], labels)[1]
     expected = expected + 0.5 * loss(coarse[0], labels).sum() + 0.25 * loss(coarse[1], labels[:, ::2, ::2]).sum()
     assert float(total) == pytest.approx(float(expected / 2), rel=1e-5)
-    assert float(demo.criterion(logits, labels, mask)) == pytest.approx(float(loss(logits, labels).mean()))
+    assert float(criterion(logits, labels, mask)) == pytest.approx(float(loss(logits, labels).mean()))
 
 
 def test_rfnet_spec_agrees_with_detection_and_adds_the_coarse_outputs() -> None:

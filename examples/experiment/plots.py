@@ -1,0 +1,184 @@
+"""Pictures of an experiment; every one carries the credit of its data."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from examples import figures
+from examples.backbones import BACKBONES
+from examples.data import Cohort
+from examples.experiment.cells import Cell
+from examples.experiment.comparison import Comparison, rarest
+from examples.experiment.stats import by_patient, patient_means
+from examples.experiment.store import Store
+from examples.experiment.views import predict_whole
+
+__all__ = ["PLOTS", "overlays"]
+
+
+def gain_by_rate(of: Comparison, path: Path) -> None:
+    """Gain on every modality alone against its missing rate, with 95 % intervals over patients."""
+    figure = figures.new_figure(figsize=(4.2 * len(of.groups), 3.4))
+    rows = figure.subplots(1, len(of.groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(rows, of.groups, strict=True):
+        for m, name in enumerate(of.study.modalities):
+            rates = sorted({cell.rates[name] for cell in of.cells})
+            found = {}
+            for rate in rates:
+                chosen = of.within(
+                    group,
+                    lambda cell, subset, target, name=name, rate=rate: subset == name and cell.rates[name] == rate,
+                )
+                gain = by_patient(of.scores().difference(of.focus, of.baseline, chosen))
+                if gain.units:
+                    found[rate] = gain
+            mean, low, high = (100 * np.array([gain[i] for gain in found.values()]) for i in range(3))
+            # Beside each other, where several modalities share a rate.
+            at = np.array(list(found)) + 0.008 * (m - (len(of.study.modalities) - 1) / 2)
+            axes.errorbar(
+                at, mean, [mean - low, high - mean], marker="o", capsize=3, color=figures.COLOURS[m], label=name
+            )
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set(xlabel="missing rate in training", title=of.label(group))
+    rows[0].set_ylabel(f"Dice, {of.focus} − {of.baseline} (points)")
+    rows[0].legend(title="modality alone", fontsize=8)
+    figures.foot(figure, of.study.credit)
+    figure.savefig(path, dpi=110)
+
+
+def heat_map(of: Comparison, path: Path) -> None:
+    """Dice by subset and strategy, one panel for each network."""
+    size = (1.6 + len(of.groups) * (1 + 0.75 * len(of.strategies)), 2 + 0.27 * len(of.subsets))
+    figure = figures.new_figure(figsize=size)
+    for axes, group in zip(figure.subplots(1, len(of.groups), sharey=True, squeeze=False)[0], of.groups, strict=True):
+        grid = np.array([[100 * _level(of, group, subset, name) for name in of.strategies] for subset in of.subsets])
+        known = grid[np.isfinite(grid)]
+        axes.imshow(grid, aspect="auto", cmap="viridis", vmin=known.min(), vmax=known.max())
+        for (i, j), value in np.ndenumerate(grid):
+            pale = value > known.min() + 0.6 * np.ptp(known)
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="black" if pale else "white")
+        axes.set_xticks(range(len(of.strategies)), of.strategies, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(len(of.subsets)), of.subsets, fontsize=8)
+        axes.set_title(f"{of.label(group)}, Dice (%)", fontsize=9)
+    figures.foot(figure, of.study.credit)
+    figure.savefig(path, dpi=110)
+
+
+def preference(of: Comparison, path: Path) -> None:
+    """Relative preference and beta of the focus by epoch: mean and range over trainings, by missing rate."""
+    several = len({cell.assignment for cell in of.cells}) > 1
+    figure = figures.new_figure(figsize=(8, 3 * len(of.groups)))
+    for line, group in zip(figure.subplots(len(of.groups), 2, squeeze=False), of.groups, strict=True):
+        curves: dict[tuple[float, str], list[list[list[float]]]] = {}
+        for cell, record in zip(of.cells, of.records, strict=True):
+            if (cell.backbone, cell.batch_size) == group and cell.strategy == of.focus and record["history"]:
+                epochs, *columns = map(list, zip(*record["history"], strict=True))
+                for m, name in enumerate(of.study.modalities):
+                    rate = cell.rates[name]
+                    pair = [epochs, columns[m], columns[m + len(of.study.modalities)]]
+                    curves.setdefault((rate, "" if several else f"{name}, "), []).append(pair)
+        for k, ((rate, name), found) in enumerate(sorted(curves.items())):
+            for axes, what in ((line[1], 1), (line[0], 2)):
+                # Folds of different sizes have epochs of different lengths.
+                values = np.array([np.interp(found[0][0], each[0], each[what]) for each in found])
+                style = {"color": figures.COLOURS[k % len(figures.COLOURS)]}
+                axes.plot(found[0][0], values.mean(0), label=f"{name}missing in {rate:.0%}", **style)
+                axes.fill_between(found[0][0], values.min(0), values.max(0), alpha=0.15, linewidth=0, **style)
+        for axes, what, neutral in ((line[0], "relative preference", 0), (line[1], "beta", 1)):
+            axes.axhline(neutral, color="0.6", linewidth=0.8)
+            axes.set(xlabel="epoch", ylabel=what, title=f"{of.label(group)}, {of.focus}")
+        if curves:
+            line[0].legend(fontsize=8)
+    figures.foot(figure, of.study.credit)
+    figure.savefig(path, dpi=110)
+
+
+PLOTS: Mapping[str, Callable[[Comparison, Path], None]] = {
+    "gain": gain_by_rate,
+    "heatmap": heat_map,
+    "preference": preference,
+}
+"""Pictures that need the scores alone, by name."""
+
+
+def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], path: Path) -> bool:
+    """The patients that lose and gain most with the focus, from the rarest modality alone and from all of them.
+
+    Patients are chosen by their mean over all trainings of the first network; shown is one training.
+
+    Args:
+        of: the experiment.
+        store: its folder, with trained weights.
+        cohort_of: the cohort of a fold.
+        path: of the picture.
+
+    Returns:
+        Whether there were weights to predict with; without them nothing is drawn.
+    """
+    group = of.groups[0]
+    changes = patient_means(of.scores().difference(of.focus, of.baseline, of.within(group, rarest)))
+    cells = {cell: cell.block for cell in of.cells if store.model_path(cell).is_file()}
+    pairs = {
+        cell.fold: (other, cell)
+        for cell in cells
+        for other in cells
+        if cell.strategy == of.focus and other.strategy == of.baseline
+        if cell.block == other.block and (cell.backbone, cell.batch_size) == group
+    }
+    changes = {unit: change for unit, change in changes.items() if unit[0] in pairs}
+    if not changes:
+        return False
+    chosen = {"worst": min(changes, key=lambda u: changes[u]), "best": max(changes, key=lambda u: changes[u])}
+    columns = ["image", "truth", of.baseline, of.focus]
+    figure = figures.new_figure(figsize=(2.1 * len(columns), 8.4))
+    grid = figure.subplots(4, len(columns), squeeze=False)
+    for row, (title, unit) in enumerate(chosen.items()):
+        cohort = cohort_of(unit[0])
+        index = [str(name) for name in cohort.test.ids].index(unit[1])
+        item: dict[str, Any] = dict(cohort.test[index])
+        pair = pairs[unit[0]]
+        rare = max(pair[0].rates, key=lambda name: pair[0].rates[name])
+        alone = torch.tensor([name == rare for name in cohort.modalities])
+        z = int(item["label"].flatten(1).gt(0).sum(dim=1).argmax())
+        background = figures.on_black(item["image"][cohort.modalities.index(rare)][z])
+        for line, what, mask in zip(grid[2 * row : 2 * row + 2], (rare, "all"), (alone, alone | True), strict=True):
+            labels = [_segmented(of, store, cohort, cell, item["image"], mask) for cell in pair]
+            for axes, shown in zip(line, (None, item["label"], *labels), strict=True):
+                axes.imshow(background, cmap="gray")
+                if shown is not None:
+                    axes.imshow(figures.paint(shown[z], cohort.num_classes), interpolation="nearest")
+                axes.set_xticks([])
+                axes.set_yticks([])
+            line[0].set_ylabel(f"{title} ({100 * changes[unit]:+.0f}): {unit[1]}\nfrom {what}", fontsize=8)
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(column, fontsize=10)
+    figures.label_legend(figure, of.study.classes)
+    figures.foot(figure, of.study.credit)
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def _segmented(of: Comparison, store: Store, cohort: Cohort, cell: Cell, image: Tensor, mask: Tensor) -> Tensor:
+    """Labels (*spatial) that one trained network predicts from some modalities of one patient."""
+    model: nn.Module = BACKBONES[cell.backbone](
+        cohort.modalities, cohort.num_classes, ndim=of.study.ndim, widths=of.study.widths
+    )
+    model.load_state_dict(torch.load(store.model_path(cell), map_location="cpu", weights_only=True))
+    visible = torch.where(mask.view(-1, *[1] * (image.ndim - 1)), image, torch.zeros(()))
+    with torch.no_grad():
+        scores = predict_whole((of.study.patch,) * of.study.ndim)(model.eval(), visible[None], mask[None])
+    labels: Tensor = scores.argmax(dim=1)[0]
+    return labels
+
+
+def _level(of: Comparison, group: tuple[str, int], subset: str, strategy: str) -> float:
+    samples = of.scores().level(strategy, of.within(group, lambda cell, name, target: name == subset))
+    means = patient_means(samples)
+    return statistics.fmean(means.values()) if means else float("nan")

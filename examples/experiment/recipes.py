@@ -1,0 +1,112 @@
+"""Strategies by name: which rule trains, how the data is drawn, with which hyper-parameters.
+
+    rule[@drawing][:name=value,...]       passion   passion@even   plain@drop   passion:temperature=2,eta=0.02
+
+Rules are those of :mod:`passion_plugin.strategies`. Drawings: ``all`` shows what a patient has, ``drop`` a random
+part of it, ``even`` every combination of modalities equally often. ``drop`` and ``even`` alone stand for
+``plain@drop`` and ``plain@even``.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from examples.experiment.views import DRAWINGS
+from passion_plugin import BackboneSpec, PassionConfig, PassionWrapper, PresenceTable
+from passion_plugin.errors import ConfigError, raise_problems, suggest
+from passion_plugin.strategies import named_strategy, passion_variant, strategy_names
+
+__all__ = ["ALIASES", "Recipe", "parse_recipe"]
+
+ALIASES = {"drop": "plain@drop", "even": "plain@even"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a name stands for.
+
+    Attributes:
+        rule: name of the balancing rule; ``"plain"`` trains the backbone without a wrapper.
+        drawing: how patients and modalities are drawn, a key of :data:`examples.experiment.views.DRAWINGS`.
+        parameters: hyper-parameters of the rule, all of them.
+        overrides: those that were given.
+    """
+
+    rule: str
+    drawing: str
+    parameters: dict[str, Any]
+    overrides: dict[str, Any]
+
+    def wrap(self, presence: PresenceTable, spec: BackboneSpec | None) -> Callable[[nn.Module], PassionWrapper] | None:
+        """How to wrap the backbone, for :func:`examples.training.train`; None trains it as it is."""
+        if self.rule == "plain":
+            return None
+        rule = _make(self.rule, self.overrides)
+        how: dict[str, Any] = {"config" if isinstance(rule, PassionConfig) else "strategy": rule}
+        return lambda backbone: PassionWrapper(
+            backbone, modalities=presence.modalities, presence=presence, spec=spec, **how
+        )
+
+
+def parse_recipe(name: str) -> Recipe:
+    """Read the name of a strategy.
+
+    Raises:
+        ConfigError: an unknown rule, drawing or hyper-parameter, with close matches, or a value out of range.
+    """
+    short, _, text = name.partition(":")
+    rule, _, drawing = ALIASES.get(short, short).partition("@")
+    drawing, known = drawing or "all", [*strategy_names(), *ALIASES]
+    problems = []
+    if drawing not in DRAWINGS:
+        problems.append(f"unknown drawing {drawing!r}.{suggest(drawing, DRAWINGS)}")
+    overrides: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
+    if rule not in strategy_names():
+        problems.append(f"unknown rule {rule!r}.{suggest(rule, strategy_names() if '@' in short else known)}")
+    else:
+        parameters = _defaults(rule)
+        for part in filter(None, text.split(",")):
+            field, equals, value = part.partition("=")
+            if not equals or field not in parameters:
+                problems.append(f"{part!r} is no hyper-parameter=value of {rule}.{suggest(field, parameters)}")
+            overrides[field] = _value(value)
+    raise_problems(problems, what=f"strategy {name!r}")
+    try:
+        made = _make(rule, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"strategy {name!r}: {error}") from error
+    parameters = made.as_dict() if isinstance(made, PassionConfig) else {**parameters, **overrides}
+    return Recipe(rule, drawing, parameters, overrides)
+
+
+def _defaults(rule: str) -> dict[str, Any]:
+    """Hyper-parameters that a rule takes, with their defaults."""
+    made = named_strategy(rule)
+    if isinstance(made, PassionConfig):
+        return made.as_dict()
+    # object.__init__ takes *args and **kwargs: a rule without hyper-parameters.
+    found = inspect.signature(type(made)).parameters.values()
+    return {each.name: each.default for each in found if each.default is not each.empty}
+
+
+def _make(rule: str, overrides: dict[str, Any]) -> Any:
+    """A rule, or the configuration of PASSION, with some hyper-parameters changed; one for each model."""
+    made = named_strategy(rule)
+    if isinstance(made, PassionConfig):
+        return passion_variant(rule, PassionConfig(**overrides))
+    return type(made)(**overrides)
+
+
+def _value(text: str) -> Any:
+    """A number or a bool where it is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

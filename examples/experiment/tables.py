@@ -1,0 +1,203 @@
+"""Results as Markdown tables. Dice in percent, differences in points; intervals are 95 %."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from examples.experiment.comparison import Comparison, rarest
+from examples.experiment.stats import Interval, Select, by_patient, by_run
+from examples.markdown import aligned
+
+__all__ = ["TABLES"]
+
+
+def summary(of: Comparison) -> str:
+    """Mean over all subsets, by target, and for the rarest modality alone; gain against the baseline; cost."""
+    targets = list(of.study.regions)
+    header = ["network", "strategy", "mean Dice", *(targets if len(targets) > 1 else [])]
+    header += ["rarest alone", f"gain on {of.baseline}", "on the rarest alone", "time", "runs"]
+    lines = []
+    for group in of.groups:
+        for name in of.strategies:
+            level = by_patient(of.scores().level(name, of.within(group)))
+            if not level.runs:
+                continue
+            line = [of.label(group), name, _percent(level.mean)]
+            for target in targets if len(targets) > 1 else []:
+                chosen = of.within(group, lambda cell, subset, found, target=target: found == target)
+                line.append(_percent(by_patient(of.scores().level(name, chosen)).mean))
+            line.append(_percent(by_patient(of.scores().level(name, of.within(group, rarest))).mean))
+            line += [_gain(of, name, of.baseline, group), _gain(of, name, of.baseline, group, rarest)]
+            line += [_ratio(of, name, group), str(level.runs)]
+            lines.append(line)
+    return aligned([header, *lines])
+
+
+def gains(of: Comparison) -> str:
+    """The focus against every other strategy, over patients and over pairs of fold and seed."""
+    header = ["network", f"{of.focus} minus", "all subsets", "by fold × seed", "rarest alone", "patients", "runs"]
+    lines = []
+    for group in of.groups:
+        means = {name: by_patient(of.scores().level(name, of.within(group))).mean for name in of.others}
+        known = {name: mean for name, mean in means.items() if mean == mean}
+        for name in known:
+            samples = of.scores().difference(of.focus, name, of.within(group))
+            overall = by_patient(samples)
+            mark = " (best other)" if name == max(known, key=lambda other: known[other]) else ""
+            lines.append(
+                [
+                    *(of.label(group), name + mark, _points(overall), _points(by_run(samples))),
+                    *(_gain(of, of.focus, name, group, rarest), str(overall.units), str(overall.runs)),
+                ]
+            )
+    return aligned([header, *lines])
+
+
+def subsets(of: Comparison) -> str:
+    """Dice by subset for every strategy, and the gain of the focus; the last line is the subset that gains least."""
+    header = ["network", "modalities", *of.strategies, f"{of.focus} − {of.baseline}"]
+    lines = []
+    for group in of.groups:
+        found: dict[str, Interval] = {}
+        for subset in of.subsets:
+            chosen = of.within(group, lambda cell, name, target, subset=subset: name == subset)
+            found[subset] = by_patient(of.scores().difference(of.focus, of.baseline, chosen))
+            levels = [by_patient(of.scores().level(name, chosen)).mean for name in of.strategies]
+            lines.append([of.label(group), subset, *map(_percent, levels), _points(found[subset])])
+        if worst := min((s for s in found if found[s].units), key=lambda s: found[s].mean, default=None):
+            lines.append([of.label(group), f"least gain: {worst}", *[""] * len(of.strategies), _points(found[worst])])
+    return aligned([header, *lines])
+
+
+def assignments(of: Comparison) -> str:
+    """Which modality is rare: baseline, focus, and the gain."""
+    header = ["network", "missing rates", of.baseline, of.focus, "gain", "rarest alone", "gain on it", "runs"]
+    lines = []
+    for group in of.groups:
+        for assignment in sorted({cell.assignment for cell in of.cells}):
+            chosen = of.within(group, lambda cell, *_, assignment=assignment: cell.assignment == assignment)
+            alone = of.within(
+                group,
+                lambda cell, subset, target, assignment=assignment: (
+                    cell.assignment == assignment and rarest(cell, subset, target)
+                ),
+            )
+            gain = by_patient(of.scores().difference(of.focus, of.baseline, chosen))
+            if gain.runs:
+                levels = [
+                    _percent(by_patient(of.scores().level(name, which)).mean)
+                    for which, name in ((chosen, of.baseline), (chosen, of.focus), (alone, of.focus))
+                ]
+                last = by_patient(of.scores().difference(of.focus, of.baseline, alone))
+                lines.append(
+                    [
+                        *(of.label(group), assignment.replace(",", ", "), *levels[:2]),
+                        *(_points(gain), levels[2], _points(last), str(gain.runs)),
+                    ]
+                )
+    return aligned([header, *lines])
+
+
+def distance(of: Comparison) -> str:
+    """HD95 by target, lower is better; where one mask is empty it is the penalty, and how often that was so."""
+    scores = of.scores("hd95")
+    if not scores.values:
+        return "HD95 was not computed.\n"
+    targets = list(of.study.regions)
+    header = ["network", "strategy", *targets, f"all, {of.study.unit}", f"minus {of.baseline}", "one mask empty"]
+    lines = []
+    for group in of.groups:
+        for name in of.strategies:
+            level = by_patient(scores.level(name, of.within(group)))
+            if not level.runs:
+                continue
+            line = [of.label(group), name]
+            for target in targets:
+                chosen = of.within(group, lambda cell, subset, found, target=target: found == target)
+                line.append(f"{by_patient(scores.level(name, chosen)).mean:.1f}")
+            difference = by_patient(scores.difference(name, of.baseline, of.within(group)))
+            line += [f"{level.mean:.1f}", "–" if name == of.baseline else _points(difference, scale=1)]
+            lines.append([*line, _empty(of, name, group)])
+    return aligned([header, *lines])
+
+
+def runs(of: Comparison) -> str:
+    """Data, credit, budget, number of trainings and failures, as a list."""
+    study = of.study
+    facts = [record["run"] for record in of.records if record["run"]["status"] == "ok"]
+    failed = [record for record in of.records if record["run"]["status"] != "ok"]
+    seconds = sum(run["training_seconds"] + run["evaluation_seconds"] for run in facts)
+    patients = {(record["cell"]["fold"], score[1]) for record in of.records for score in record["scores"]}
+    side = "×".join([str(study.patch)] * study.ndim)
+    lines = [
+        f"Data: {study.name}, {len(patients)} test patients over all folds."
+        + (f" Credit: {study.credit}." if study.credit else ""),
+        f"Budget of every training: {study.steps} steps of {_listed({c.batch_size for c in of.cells})} "
+        f"{'slices' if study.ndim == 2 else 'patches'} of {side} voxels, AdamW, peak learning rate {study.lr:g}, "
+        f"loss {study.task}, channels {', '.join(map(str, study.widths))}.",
+        f"Trainings: {len(of.records)} (networks: {_listed({c.backbone for c in of.cells})}; assignments of missing "
+        f"rates: {len({c.assignment for c in of.cells})}; folds: {len({c.fold for c in of.cells})}; "
+        f"seeds: {len({c.seed for c in of.cells})}; strategies: {len(of.strategies)}).",
+        f"Failed trainings: {len(failed)}"
+        + "".join(f"; {record['cell']['strategy']}: {record['run']['status']}" for record in failed)
+        + ".",
+        f"Computing time: {seconds / 3600:.1f} h with {_listed({run['threads'] for run in facts})} thread(s) on "
+        f"{_listed({run['device'] for run in facts})}; torch {_listed({run['torch'] for run in facts})}.",
+    ]
+    return "".join(f"- {line}\n" for line in lines)
+
+
+TABLES: Mapping[str, Callable[[Comparison], str]] = {
+    "runs": runs,
+    "summary": summary,
+    "gains": gains,
+    "subsets": subsets,
+    "assignments": assignments,
+    "hd95": distance,
+}
+"""Tables by name."""
+
+
+def _gain(of: Comparison, first: str, second: str, group: tuple[str, int], select: Select | None = None) -> str:
+    if first == second:
+        return "–"
+    return _points(by_patient(of.scores().difference(first, second, of.within(group, select))))
+
+
+def _ratio(of: Comparison, name: str, group: tuple[str, int]) -> str:
+    """Seconds of training relative to the baseline: the median over blocks."""
+    seconds: dict[str, dict[Any, float]] = {}
+    for cell, record in zip(of.cells, of.records, strict=True):
+        if (cell.backbone, cell.batch_size) == group and record["run"]["status"] == "ok":
+            seconds.setdefault(cell.strategy, {})[cell.block] = record["run"]["training_seconds"]
+    own, base = seconds.get(name, {}), seconds.get(of.baseline, {})
+    ratios = [own[block] / base[block] for block in own if base.get(block)]
+    return f"{statistics.median(ratios):.2f}×" if ratios else "–"
+
+
+def _empty(of: Comparison, name: str, group: tuple[str, int]) -> str:
+    found = [
+        score[5] == "one empty"
+        for cell, record in zip(of.cells, of.records, strict=True)
+        if cell.strategy == name and (cell.backbone, cell.batch_size) == group
+        for score in record["scores"]
+        if score[3] == "hd95"
+    ]
+    return f"{sum(found) / len(found):.1%}" if found else "–"
+
+
+def _percent(value: float) -> str:
+    return "–" if value != value else f"{100 * value:.1f}"
+
+
+def _points(interval: Interval, scale: float = 100) -> str:
+    if not interval.units:
+        return "–"
+    mean, low, high = (scale * value for value in interval[:3])
+    return f"{mean:+.1f}" + ("" if low != low else f" [{low:+.1f}, {high:+.1f}]")
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, sorted(values)))
