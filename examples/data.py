@@ -253,7 +253,7 @@ def sts_slices(folder: Path, fold: int = 0) -> Cohort:
         test=Cases(test, read, least=1, multiple=1),
         credit=STS_CREDIT,
         steps=600,
-        patch=64,
+        patch=48,
         ndim=2,
         batch_size=8,
         widths=(8, 16, 32, 48),

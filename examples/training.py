@@ -79,7 +79,8 @@ def train(
 
     Args:
         model: the backbone; trained in place.
-        loader: yields ``"image"`` (B, M, *spatial), ``"mask"`` (B, M) bool and ``"label"`` (B, *spatial).
+        loader: yields ``"image"`` (B, M, *spatial), ``"mask"`` (B, M) bool and ``"label"`` (B, *spatial); with
+            ``"presence"`` (B, M) bool too, students see modalities that the mask hides from the teacher.
         steps: number of batches in ``loader``.
         steps_per_epoch: after so many the preference is updated.
         wrap: how to wrap the backbone; None trains plainly.
@@ -104,7 +105,8 @@ def train(
     history = []
     with tqdm(loader, total=steps, desc=f"train {name}", unit="step", mininterval=1.0, disable=quiet) as bar:
         for step, batch in enumerate(bar, start=1):
-            prediction = network(batch["image"], batch["mask"])
+            hidden = {"passion_presence": batch["presence"]} if passion and "presence" in batch else {}
+            prediction = network(batch["image"], batch["mask"], **hidden)
             loss = criterion(prediction, batch["label"], batch["mask"], task)
             if passion:
                 loss = loss + passion.passion_loss(batch["label"])  # 2: distil

@@ -168,12 +168,13 @@ class TestBatches:
         assert not all(torch.equal(one["image"], two["image"]) for one, two in pairs)
 
     @pytest.mark.parametrize("drawing", ["all", "drop", "even"])
-    def test_what_is_not_visible_is_zero_and_what_is_visible_is_there(self, drawing: str) -> None:
+    def test_what_a_patient_lacks_is_zero_and_what_it_has_is_there(self, drawing: str) -> None:
         for batch in batches(drawing):
             seen = batch["image"].flatten(2).any(2)
-            assert batch["mask"].dtype == torch.bool
-            assert torch.equal(seen, batch["mask"])
+            assert batch["mask"].dtype == batch["presence"].dtype == torch.bool
+            assert torch.equal(seen, batch["presence"])
             assert batch["mask"].any(1).all()
+            assert not (batch["mask"] & ~batch["presence"]).any()
 
     def test_no_drawing_shows_what_a_patient_lacks(self) -> None:
         rows = {tuple(row) for row in table().presence.tolist()}

@@ -82,15 +82,20 @@ class Batches:
         self.batch_size, self.steps, self.device = batch_size, steps, device
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches ``{"image": (B, M, *size), "mask": (B, M) bool, "label": (B, *size)}``."""
+        """Batches of ``"image"`` (B, M, *size), ``"mask"`` and ``"presence"`` (B, M) bool, ``"label"`` (B, *size).
+
+        The mask is what the drawing shows, the presence what the patients have. Images are blank where there is
+        nothing; what the mask hides is still there, for students that are taught from a part of it.
+        """
         draws = DRAWINGS[self.drawing](self.table, self.seed, self.steps * self.batch_size)
         for step in range(self.steps):
             drawn = [next(draws) for _ in range(self.batch_size)]
             first = step * self.batch_size
             patches = [self._patch(number, index) for number, (index, _) in enumerate(drawn, start=first)]
             mask = torch.stack([visible for _, visible in drawn])
+            presence = torch.tensor(self.table.presence[[index for index, _ in drawn]])
             image, label = (torch.stack(part) for part in zip(*patches, strict=True))
-            batch = {"image": blank_missing(image, mask), "mask": mask, "label": label}
+            batch = {"image": blank_missing(image, presence), "mask": mask, "presence": presence, "label": label}
             yield {key: value.to(self.device) for key, value in batch.items()}
 
     def _patch(self, number: int, index: int) -> tuple[Tensor, Tensor]:
