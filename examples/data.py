@@ -64,6 +64,7 @@ class Cohort:
         ndim: 3, or 2 to train and predict slice by slice, across the first spatial axis.
         batch_size: default number of patches or slices per step.
         widths: default channels of the network, by level.
+        primary: the regions that a comparison is about; empty: all of them.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Cohort:
     ndim: int = 3
     batch_size: int = 2
     widths: tuple[int, ...] = (8, 12, 16, 24)
+    primary: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -231,15 +233,28 @@ def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
     )
 
 
-def sts_slices(folder: Path, fold: int = 0) -> Cohort:
+def sts_slices(folder: Path, fold: int = 0, held_out: Path | None = None) -> Cohort:
     """The same patients slice by slice, with the metabolically active part of the tumour as a second class.
 
     Volumes are neither padded nor resampled, so that scores are those of the data as it is stored.
+
+    Args:
+        folder: the patients.
+        fold: which of them are the test set.
+        held_out: a folder of other patients to test on instead; all those in ``folder`` are trained on then.
     """
     train, test = _sts_folds(folder, fold)
+    paths = {name: folder / f"{name}.npz" for name in (*train, *test)}
+    if held_out is not None:
+        others = {path.stem: path for path in sorted(held_out.glob("*.npz"))}
+        if both := sorted(set(others) & set(paths)):
+            raise ValueError(f"{', '.join(both[:3])} are in both folders; held-out patients must be others")
+        if not others:
+            raise ValueError(f"there are no *.npz files in {held_out}")
+        train, test, paths = sorted(paths), list(others), paths | others
 
     def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-        image, stored = _read_sts(folder / f"{name}.npz")
+        image, stored = _read_sts(paths[name])
         gtv = stored["gtv"].astype(np.int64)
         return image, gtv + gtv * stored["mtv"], stored["spacing"]
 
@@ -257,6 +272,7 @@ def sts_slices(folder: Path, fold: int = 0) -> Cohort:
         ndim=2,
         batch_size=8,
         widths=(8, 16, 32, 48),
+        primary=("gtv",),
     )
 
 

@@ -18,7 +18,7 @@ from examples import demo, three_lines
 from examples.backbones import BACKBONES, rfnet_spec
 from examples.backbones.blocks import keep_present
 from examples.backbones.uhemis_like import mean_and_variance
-from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort
+from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort, sts_slices
 from examples.training import criterion, train
 from passion_plugin import PassionConfig, PassionWrapper, draw_presence
 from passion_plugin.losses import dice_loss, weighted_cross_entropy
@@ -180,16 +180,17 @@ def test_a_wrong_data_argument_says_what_is_expected(tmp_path: Path) -> None:
         load_cohort(str(tmp_path / "nowhere"))
 
 
-def fake_sts(folder: Path) -> None:
+def fake_sts(folder: Path, prefix: str = "sts") -> None:
     rng = np.random.default_rng(0)
-    subjects = {f"sts_{i:03d}": {"fold": i % 2} for i in range(4)}
+    folder.mkdir(exist_ok=True)
+    subjects = {f"{prefix}_{i:03d}": {"fold": i % 2} for i in range(4)}
     (folder / "index.json").write_text(json.dumps({"subjects": subjects}))
     for name in subjects:
         gtv = np.zeros((20, 13, 18), dtype=np.uint8)
         gtv[5:9, 4:8, 6:12] = 1
         arrays = {key: rng.integers(0, 256, gtv.shape).astype(np.uint8) for key in ("ct", "pet", "t1")}
         arrays["t1"][:5] = 0
-        np.savez(folder / f"{name}.npz", gtv=gtv, mtv=gtv, **arrays)
+        np.savez(folder / f"{name}.npz", gtv=gtv, mtv=gtv, spacing=np.ones(3, np.float32), **arrays)
 
 
 def test_sts_folder_is_decoded_as_documented(tmp_path: Path) -> None:
@@ -210,6 +211,19 @@ def test_sts_folder_is_decoded_as_documented(tmp_path: Path) -> None:
     assert item["image"][:, 20:].abs().sum() == 0
     with pytest.raises(ValueError, match="fold 7"):
         sts_cohort(tmp_path, 7)
+
+
+def test_held_out_patients_are_tested_and_all_others_trained_on(tmp_path: Path) -> None:
+    fake_sts(tmp_path / "known")
+    fake_sts(tmp_path / "new", "other")
+    cohort = sts_slices(tmp_path / "known", 1, tmp_path / "new")
+    assert cohort.train.ids == [f"sts_{i:03d}" for i in range(4)]
+    assert cohort.test.ids == [f"other_{i:03d}" for i in range(4)]
+    assert cohort.test[3]["image"].shape == (3, 20, 13, 18)
+    with pytest.raises(ValueError, match="sts_000, sts_001, sts_002 are in both folders"):
+        sts_slices(tmp_path / "known", 0, tmp_path / "known")
+    with pytest.raises(ValueError, match=r"no \*\.npz files"):
+        sts_slices(tmp_path / "known", 0, tmp_path)
 
 
 @pytest.mark.data

@@ -342,6 +342,7 @@ class TestCommandLine:
             (["--rates", "ct=.2,pet=.5,t=.8"], "'t1'"),
             (["--data", "nowhere"], "no folder with index.json"),
             (["--data", "tests.test_experiment:cohrt"], "no attribute 'cohrt'"),
+            (["--held-out", "nowhere"], "--held-out 'nowhere' with --data"),
         ],
     )
     def test_wrong_rates_and_data(self, change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import gzip
 import math
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def records() -> list[dict]:
 
 def everything(*_: object) -> bool:
     return True
+
+
+def test_tables_are_about_the_primary_targets_unless_one_is_named() -> None:
+    both = [
+        {**each, "scores": each["scores"] + [[*row[:2], "mtv", row[3], 0.0, "ok"] for row in each["scores"]]}
+        for each in records()
+    ]
+    regions = {"gtv": [1, 2], "mtv": [2]}
+    group = ("uhemis", 2)
+    means = {}
+    for primary in ([], ["gtv"]):
+        of = Comparison(replace(STUDY, regions=regions, primary=primary), both)
+        means[of.about] = by_patient(of.scores().level("plain", of.within(group))).mean
+        assert by_patient(of.scores().level("plain", of.within(group, target="mtv"))).mean == 0
+    assert means["gtv, mtv"] == pytest.approx(means["gtv"] / 2)
 
 
 class TestStatistics:
@@ -206,7 +222,7 @@ class TestTables:
         tables = self.tables(tmp_path)
         plain, passion = lines_of(tables["summary"])
         # Patients' own means: 13/30, 16/30, 10/30.
-        assert plain["mean Dice"] == "43.3"
+        assert plain["Dice of gtv"] == "43.3"
         assert plain["rarest alone"] == "20.0"
         assert plain["gain on plain"] == "–"
         assert passion["gain on plain"].startswith("+5.0 [")

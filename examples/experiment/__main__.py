@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from examples.backbones import BACKBONES
+from examples.data import Cohort
 from examples.experiment import report, runner
 from examples.experiment.cells import assignments, grid, parse_rates, shard
 from examples.experiment.recipes import ALIASES, parse_recipe
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--strategies", nargs="+", default=["plain", "passion"], metavar="RULE[@DRAWING][:NAME=VALUE,...]")
     add("--rates", nargs="+", help="missing rates, '.2,.5,.8' in order or 'ct=.2,pet=.8,t1=.5' (default: the data's)")
     add("--assignments", choices=("given", "all"), default="given", help="all: the rates in every order of modalities")
+    add("--held-out", metavar="FOLDER", help="test on these patients instead, train on all of --data (sarcoma files)")
     add("--folds", nargs="+", type=int, default=[0])
     add("--seeds", nargs="+", type=int, default=[0])
     add("--batch-size", nargs="+", type=int, help="several are several cells (default: the data's own)")
@@ -71,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    cohort = runner.load(options.data, options.folds[0])
+    def cohort_of(fold: int) -> Cohort:
+        return runner.load(options.data, fold, options.held_out)
+
+    cohort = cohort_of(options.folds[0])
     rates = [parse_rates(text, cohort.modalities) for text in options.rates or []] or [dict(cohort.missing_rates)]
     for each in rates:
         draw_presence(cohort.train.ids, each, seed=0)  # refuses what cannot be drawn
@@ -107,10 +112,12 @@ def _run(options: argparse.Namespace) -> int:
         task=options.loss,
         hd95=not options.no_hd95,
         unit="mm" if "spacing" in cohort.test[0] else "voxels",
+        primary=list(cohort.primary),
+        held_out=options.held_out is not None,
     )
     return runner.run(
         shard(cells, int(part), int(parts)),
-        lambda fold: runner.load(options.data, fold),
+        cohort_of,
         study,
         Store(options.results),
         device=options.device,

@@ -76,11 +76,19 @@ class Comparison:
             self._scores[metric] = Scores(self.records, metric)
         return self._scores[metric]
 
-    def within(self, group: tuple[str, int], select: Select | None = None) -> Select:
-        """Restrict a selection to one network and batch size."""
-        return lambda cell, subset, target: (
-            (cell.backbone, cell.batch_size) == group and (select is None or select(cell, subset, target))
+    def within(self, group: tuple[str, int], select: Select | None = None, *, target: str | None = None) -> Select:
+        """Restrict a selection to one network and batch size, and to one target or those that the study is about."""
+        targets = {target} if target else set(self.study.primary or self.study.regions)
+        return lambda cell, subset, name: (
+            (cell.backbone, cell.batch_size) == group
+            and name in targets
+            and (select is None or select(cell, subset, name))
         )
+
+    @property
+    def about(self) -> str:
+        """The targets whose mean is meant where none is named."""
+        return ", ".join(self.study.primary or self.study.regions)
 
     def label(self, group: tuple[str, int]) -> str:
         """Network, with the batch size where there are several."""

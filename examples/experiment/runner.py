@@ -31,17 +31,24 @@ _EPOCHS_KEPT = 15
 _PHANTOMS = {"phantom": (32, 12, 40), "phantom-tiny": (4, 2, 16)}
 
 
-def load(data: str, fold: int) -> Cohort:
+def load(data: str, fold: int, held_out: str | None = None) -> Cohort:
     """Read the cohort that ``--data`` names.
 
     Args:
         data: ``"phantom"`` or ``"phantom-tiny"``, where every fold is made of patients of its own; a folder in
             one of the formats of :mod:`examples.data`; or ``"module:function"``, called with ``fold=``.
         fold: test fold.
+        held_out: a folder of other patients to test on, where ``data`` is one with ``index.json``; then all
+            of that are trained on, whatever the fold.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is none of these, or ``held_out`` does not go with it.
     """
+    if held_out is not None:
+        try:
+            return sts_slices(Path(data), fold, Path(held_out))
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"--held-out {held_out!r} with --data {data!r}: {error}") from error
     if data in _PHANTOMS:
         return phantom_cohort(fold, *_PHANTOMS[data])
     folder = Path(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Study:
         task: the user's own loss.
         hd95: whether the 95 % Hausdorff distance was computed too.
         unit: of that distance, ``"mm"`` or ``"voxels"``.
+        primary: the regions that tables average; empty: all of them.
+        held_out: whether the test patients come from a folder of their own; folds are then repetitions.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Study:
     task: str
     hd95: bool
     unit: str = "mm"
+    primary: list[str] = field(default_factory=list)
+    held_out: bool = False
 
 
 class Store:

@@ -16,7 +16,7 @@ __all__ = ["TABLES"]
 def summary(of: Comparison) -> str:
     """Mean over all subsets, by target, and for the rarest modality alone; gain against the baseline; cost."""
     targets = list(of.study.regions)
-    header = ["network", "strategy", "mean Dice", *(targets if len(targets) > 1 else [])]
+    header = ["network", "strategy", f"Dice of {of.about}", *(targets if len(targets) > 1 else [])]
     header += ["rarest alone", f"gain on {of.baseline}", "on the rarest alone", "time", "runs"]
     lines = []
     for group in of.groups:
@@ -26,7 +26,7 @@ def summary(of: Comparison) -> str:
                 continue
             line = [of.label(group), name, _percent(level.mean)]
             for target in targets if len(targets) > 1 else []:
-                chosen = of.within(group, lambda cell, subset, found, target=target: found == target)
+                chosen = of.within(group, target=target)
                 line.append(_percent(by_patient(of.scores().level(name, chosen)).mean))
             line.append(_percent(by_patient(of.scores().level(name, of.within(group, rarest))).mean))
             line += [_gain(of, name, of.baseline, group), _gain(of, name, of.baseline, group, rarest)]
@@ -106,7 +106,7 @@ def distance(of: Comparison) -> str:
     if not scores.values:
         return "HD95 was not computed.\n"
     targets = list(of.study.regions)
-    header = ["network", "strategy", *targets, f"all, {of.study.unit}", f"minus {of.baseline}", "one mask empty"]
+    header = ["network", "strategy", *targets, f"{of.about}, {of.study.unit}", f"minus {of.baseline}", "one mask empty"]
     lines = []
     for group in of.groups:
         for name in of.strategies:
@@ -115,7 +115,7 @@ def distance(of: Comparison) -> str:
                 continue
             line = [of.label(group), name]
             for target in targets:
-                chosen = of.within(group, lambda cell, subset, found, target=target: found == target)
+                chosen = of.within(group, target=target)
                 line.append(f"{by_patient(scores.level(name, chosen)).mean:.1f}")
             difference = by_patient(scores.difference(name, of.baseline, of.within(group)))
             line += [f"{level.mean:.1f}", "–" if name == of.baseline else _points(difference, scale=1)]
@@ -134,6 +134,7 @@ def runs(of: Comparison) -> str:
     lines = [
         f"Data: {study.name}, {len(patients)} test patients over all folds."
         + (f" Credit: {study.credit}." if study.credit else ""),
+        f"Scores are those of {of.about} unless another target is named, means over all subsets of the modalities.",
         f"Budget of every training: {study.steps} steps of {_listed({c.batch_size for c in of.cells})} "
         f"{'slices' if study.ndim == 2 else 'patches'} of {side} voxels, AdamW, peak learning rate {study.lr:g}, "
         f"loss {study.task}, channels {', '.join(map(str, study.widths))}.",
