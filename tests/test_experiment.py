@@ -361,6 +361,16 @@ class TestCommandLine:
 
 
 @pytest.mark.data
+@pytest.mark.slow
+def test_four_mr_modalities_of_real_patients_go_through(data_dir: Path, tmp_path: Path) -> None:
+    options = ["--strategies", "passion", "--steps", "2", "--patch", "16", "--widths", "4", "4", "4", "4", "--no-hd95"]
+    assert main(["--data", str(data_dir / "ms4"), "--results", str(tmp_path), *options, "--no-models"]) == 1
+    (found,) = Store(tmp_path).records()
+    assert found["run"]["status"] == "ok"
+    assert {row[0] for row in found["scores"]} >= {"flair", "t1ce", "t1", "t2", "flair+t1ce+t1+t2"}
+
+
+@pytest.mark.data
 def test_real_slices_have_two_nested_regions(data_dir: Path) -> None:
     found = runner.load(str(data_dir / "sts"), 0)
     item = found.test[0]
