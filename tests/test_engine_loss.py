@@ -472,6 +472,15 @@ def test_during_warm_up_only_the_unimodal_term_counts_and_beta_rests(mode: Any) 
     assert not torch.equal(model.end_epoch().beta, torch.ones(3, dtype=torch.float64))
 
 
+def test_without_rarity_weights_every_modality_weighs_the_same() -> None:
+    net = MeanNet(NAMES[:3])
+    x, mask, y = batch(MIXED)
+    only = {"pixel_weight": 0.0, "prototype_weight": 0.0}
+    model = wrap(net, PassionConfig(rarity_weights=False, **only))
+    found = step(model, x, mask, y)
+    torch.testing.assert_close(found, model.loss_terms().unimodal.sum(1).mean(), check_dtype=False)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("students", ["replay", "rerun"])
 def test_low_memory_gives_the_same_loss_and_gradients_and_keeps_less(students: Any, dropout: float) -> None:

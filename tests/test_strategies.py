@@ -521,9 +521,10 @@ class TestChoice:
         assert [bool(found[False][key].any()) for key in keys] == [True] * 3
         assert not all(found[True][key].any() for key in keys)
 
-    def test_a_gate_is_on_or_off(self) -> None:
-        with pytest.raises(ConfigError, match="gate must be True or False, got 'off'"):
-            PassionConfig(gate="off")  # type: ignore[arg-type]
+    @pytest.mark.parametrize("name", ["gate", "rarity_weights"])
+    def test_a_switch_is_on_or_off(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=f"{name} must be True or False, got 'off'"):
+            PassionConfig(**{name: "off"})  # type: ignore[arg-type]
 
     def test_unknown_names_get_close_matches(self) -> None:
         with pytest.raises(ConfigError, match=r"unknown strategy 'ogm_ge'. Did you mean 'ogm-ge'"):

@@ -34,6 +34,8 @@ class PassionConfig:
         pixel_weight: :math:`\lambda_{pix}`, weight of the pixel distillation. Published code: 0.5.
         prototype_weight: :math:`\lambda_{proto}`, weight of the prototype distillation. Published code: 0.1.
         unimodal_weight: :math:`u`, weight of the uni-modal segmentation loss. Part of the paper's task loss.
+        rarity_weights: whether :math:`w_m = N / N_m`; False: :math:`w_m = 1`, for data that is drawn so that rare
+            modalities are seen as often as common ones (:class:`~passion_plugin.missing.EvenSubsets`).
         eta: :math:`\eta`, step size of the beta update. Published code: 0.01.
         eta_growth: factor on :math:`\eta` at epochs 0, ``eta_every``, 2 ``eta_every``, … Published code: 1.5.
         eta_every: epochs between two growths of :math:`\eta`. Published code: 100.
@@ -76,6 +78,7 @@ class PassionConfig:
     pixel_weight: float = 0.5
     prototype_weight: float = 0.1
     unimodal_weight: float = 1.0
+    rarity_weights: bool = True
     eta: float = 0.01
     eta_growth: float = 1.5
     eta_every: int = 100
@@ -103,8 +106,9 @@ class PassionConfig:
         ]
         if self.skip_missing_encoders not in (True, False, "auto"):
             problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
-        if not isinstance(self.gate, bool):
-            problems.append(f"gate must be True or False, got {self.gate!r}")
+        for name in ("rarity_weights", "gate"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
             if not _is_number(getattr(self, name), above=0):
                 problems.append(f"{name} must be a positive finite number, got {getattr(self, name)!r}")

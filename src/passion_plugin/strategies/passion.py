@@ -97,7 +97,8 @@ class PassionRule(Strategy):
         self._terms = terms.detached()
         self._remind_of_epochs()
         beta = self.preference.beta.to(terms.pixel.device)
-        return passion_objective(terms, self.rarity.weights, beta, self.config, warming_up=self.warming_up)
+        rarity = self.rarity.weights if self.config.rarity_weights else (1.0,) * len(self.modalities)
+        return passion_objective(terms, rarity, beta, self.config, warming_up=self.warming_up)
 
     def standing_factors(self) -> dict[str, Tensor]:
         """Return beta where ``modulation="encoder"`` puts it on encoders; it only changes with the epoch."""
