@@ -128,7 +128,7 @@ def _shape(text: str, problems: list[str]) -> tuple[int, ...] | None:
     if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         problems.append(f"--input: {text!r} is no shape; need batch, channels and spatial sizes such as 1,4,80,80,80")
     elif math.prod(shape) > _MOST_NUMBERS:
-        problems.append(f"--input: {text!r} are {math.prod(shape):.1e} numbers; a small crop is enough")
+        problems.append(f"--input: {text!r} is more than {_MOST_NUMBERS} numbers; a small crop is enough")
     else:
         return tuple(shape)
     return None
