@@ -17,6 +17,7 @@ from passion_plugin.backbone.settle import check_setup, example_call, example_he
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, PassionWarning, UsageError
+from passion_plugin.logged import epoch_metrics
 from passion_plugin.modulation import EncoderModulation
 from passion_plugin.objective import LossTerms
 from passion_plugin.preference import Preference, PreferenceEstimator
@@ -86,6 +87,7 @@ class Passion:
         self._modulation = EncoderModulation()
         self._step: TrainingStep | None = None
         self._warned = False
+        self._last_epoch: Preference | None = None
         self._spec = initial_spec(backbone, self.modalities, spec)
         if self._spec is not None:
             # Wrong names are reported here and now; the behaviour of the backbone when data is there.
@@ -223,9 +225,26 @@ class Passion:
         """
         return self.strategy.loss_terms()
 
+    def metrics(self) -> dict[str, float]:
+        """Return numbers of the last step and the last epoch for a logger; only here the device is waited for.
+
+        Returns:
+            Names are stable: ``"<quantity>/<modality>"`` and ``"epoch"``. What does not exist (yet, in this step, or
+            for this strategy) is left out, and nothing is NaN. All but the epoch's are of this process.
+
+            * last step of PASSION, means over the samples that have the term: ``pixel``, ``prototype``, ``distance``,
+              ``unimodal`` (see :class:`LossTerms`) and ``gate``, the fraction of open gates;
+            * last step of a strategy that scales encoders or terms: ``factor``;
+            * last epoch that ended since the model was made: ``beta`` (for such a strategy its mean factor, 1 where
+              it had none), ``relative_preference`` where something was measured, and ``epoch``, from 0.
+        """
+        last = {} if self._last_epoch is None else epoch_metrics(self._last_epoch)
+        return {**self.strategy.step_metrics(), **last}
+
     def end_epoch(self) -> Preference:
         """Update the preference, or what the strategy keeps; to be called once per epoch, on every rank."""
-        return self.strategy.end_epoch()
+        self._last_epoch = self.strategy.end_epoch()
+        return self._last_epoch
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

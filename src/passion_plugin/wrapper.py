@@ -148,6 +148,10 @@ class PassionWrapper(nn.Module):
         """Return the terms of the last step, per sample and modality; see :meth:`Passion.loss_terms`."""
         return self.passion.loss_terms()
 
+    def metrics(self) -> dict[str, float]:
+        """Return a flat dict of the last step and the last epoch, for any logger; see :meth:`Passion.metrics`."""
+        return self.passion.metrics()
+
     def end_epoch(self) -> Preference:
         """Update the relative preference and beta, or what the strategy keeps; once per epoch, on every rank."""
         return self.passion.end_epoch()

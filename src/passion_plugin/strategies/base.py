@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from passion_plugin.balance import Preference
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, UsageError, raise_problems
+from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
 from passion_plugin.rarity import Rarity
 from passion_plugin.taps import Segment
@@ -76,6 +77,7 @@ class Strategy:
         self.config, self.rarity = config, rarity
         self._sums = torch.zeros(len(self.modalities))
         self._counts = torch.zeros(len(self.modalities))
+        self._last_factors: dict[str, Tensor] = {}
 
     def check(self, bound: BoundBackbone) -> None:
         """Check that the rule can work on this backbone.
@@ -136,9 +138,18 @@ class Strategy:
         """Add the factors of one step to what :meth:`end_epoch` reports; nothing waits for the device."""
         for name, factor in factors.items():
             column = self.modalities.index(name)
+            self._last_factors[name] = factor.detach()
             self._sums = self._sums.to(factor.device)
             self._sums[column] += factor.detach()
             self._counts[column] += 1
+
+    def step_metrics(self) -> dict[str, float]:
+        """Return numbers of the last step for a logger; only here the device is waited for.
+
+        Returns:
+            ``"factor/<modality>"``, of the last step in which the modality had one. Never NaN.
+        """
+        return flat({"factor": {name: float(factor) for name, factor in self._last_factors.items()}})
 
     def loss_terms(self) -> LossTerms:
         """Return the terms of PASSION of the last step.

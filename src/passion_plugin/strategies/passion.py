@@ -11,6 +11,7 @@ from torch import Tensor
 from passion_plugin.balance import Preference
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, PassionWarning, UsageError
+from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
 from passion_plugin.objective import LossTerms, passion_objective
 from passion_plugin.preference import PreferenceEstimator
@@ -111,6 +112,10 @@ class PassionRule(Strategy):
         if self._terms is None:
             raise UsageError("there are no loss terms yet: call forward in training mode, then passion_loss(target)")
         return self._terms
+
+    def step_metrics(self) -> dict[str, float]:
+        """Return the means of the terms of the last step, such as ``"pixel/flair"``; see :meth:`LossTerms.means`."""
+        return {} if self._terms is None else flat(self._terms.means())
 
     def end_epoch(self) -> Preference:
         """Update the relative preference and beta; to be called on every process, whose sums are added."""

@@ -1,0 +1,204 @@
+"""The command line: ``inspect`` a model before it is wrapped, draw a ``split`` of who misses what.
+
+Exit code 0; 1 when the model cannot be wrapped, which the report on standard output explains; 2 for usage errors,
+all of them at once on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passion_plugin.backbone.presets import PRESETS, preset
+from passion_plugin.backbone.report import inspect
+from passion_plugin.errors import ConfigError, PassionError, suggest
+from passion_plugin.missing import draw_presence, write_split_csv
+from passion_plugin.missing.subsets import modality_problems
+
+__all__ = ["main"]
+
+_MASKS = {"bool": torch.bool, "int": torch.int64, "float": torch.float32, "none": None}
+_MOST_NUMBERS = 2**30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after ``python -m passion_plugin``; those of this process when None.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    problems: list[str] = []
+    code = 2
+    try:
+        code = options.run(options, problems)
+    except (PassionError, OSError) as error:
+        problems.append(str(error))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m passion_plugin", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="inspect | split")
+
+    look = commands.add_parser("inspect", help="report how a model can be wrapped", allow_abbrev=False)
+    look.set_defaults(run=_inspect)
+    look.add_argument("model", metavar="MODULE:FACTORY", help="what returns the model when called without arguments")
+    look.add_argument("--input", required=True, metavar="B,C,*SPATIAL", help="shape of the images: 1,4,80,80,80")
+    look.add_argument("--modalities", metavar="NAMES", help="flair,t1ce,t1,t2 in mask-column order; one per channel")
+    look.add_argument("--spec", metavar="PRESET", help=f"do not search, check this preset: {', '.join(PRESETS)}")
+    look.add_argument("--mask", choices=_MASKS, help="type of the mask, the second argument of the model (bool)")
+
+    draw = commands.add_parser("split", help="draw which sample misses what", allow_abbrev=False)
+    draw.set_defaults(run=_split)
+    draw.add_argument("names", metavar="FILE", help="names of the samples, one per line; - for standard input")
+    draw.add_argument("--rates", required=True, metavar="NAME=RATE,…", help="missing rates in mask-column order")
+    draw.add_argument("--seed", required=True, metavar="N", help="whole number, so that the draw can be repeated")
+    draw.add_argument("--out", metavar="CSV", help="write the split file of the published code, for four modalities")
+    draw.add_argument("--table", metavar="CSV", help="write a presence table: any modalities, with names and rates")
+    return parser
+
+
+def _inspect(options: argparse.Namespace, problems: list[str]) -> int:
+    shape = _shape(options.input, problems)
+    names = _modalities(options.modalities, shape, problems)
+    if options.spec is not None and options.spec not in PRESETS:
+        problems.append(f"--spec: unknown preset {options.spec!r}.{suggest(options.spec, PRESETS)}")
+    if options.spec is not None and options.mask is not None:
+        problems.append("--mask beside --spec: the preset says what the mask looks like, leave --mask out")
+    torch.manual_seed(0)  # The same report each time.
+    model = _model(options.model, problems)
+    if model is None or shape is None or problems:
+        return 2
+    known = {}
+    if options.spec is not None:
+        spec = preset(options.spec, model, names)
+        known = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    kind = _MASKS[options.mask or "bool"]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    everything = 0 if known.get("mask_meaning") == "missing" else 1
+    mask = None if kind is None else torch.full((shape[0], len(names)), everything, dtype=kind, device=device)
+    images: Tensor = torch.randn(shape, device=device)
+    return 1 if inspect(model, images, mask, modalities=names, **known).problems else 0
+
+
+def _split(options: argparse.Namespace, problems: list[str]) -> int:
+    names = _names(options.names, problems)
+    rates: dict[str, Any] = {}
+    for pair in options.rates.split(","):
+        name, _, rate = (part.strip() for part in pair.partition("="))
+        if name in rates:
+            problems.append(f"--rates: {name!r} is named more than once")
+        rates[name] = _number(float, rate)
+    if options.out is not None and len(rates) != 4:
+        problems.append(f"--out: the format is for four modalities, here are {len(rates)}; use --table for any number")
+    try:
+        # Without names, any sample will do to find out what else is wrong.
+        table = draw_presence(names or ("unknown",), rates, seed=_number(int, options.seed))
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        return 2
+    print(table.describe())
+    if options.out is not None:
+        write_split_csv(table, options.out)
+    if options.table is not None:
+        table.save(options.table)
+    return 0
+
+
+def _shape(text: str, problems: list[str]) -> tuple[int, ...] | None:
+    shape = [_number(int, part) for part in text.split(",")]
+    if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        problems.append(f"--input: {text!r} is no shape; need batch, channels and spatial sizes such as 1,4,80,80,80")
+    elif math.prod(shape) > _MOST_NUMBERS:
+        problems.append(f"--input: {text!r} is more than {_MOST_NUMBERS} numbers; a small crop is enough")
+    else:
+        return tuple(shape)
+    return None
+
+
+def _modalities(text: str | None, shape: tuple[int, ...] | None, problems: list[str]) -> tuple[str, ...]:
+    if text is None:
+        return tuple(map(str, range(shape[1] if shape else 0)))
+    names = tuple(name.strip() for name in text.split(","))
+    problems += [f"--modalities: {problem}" for problem in modality_problems(names)]
+    if len(names) < 2:
+        problems.append(f"--modalities: {text!r} is one name; need at least two, separated by commas")
+    elif shape and shape[1] % len(names):
+        problems.append(f"--modalities: {len(names)} names do not share the {shape[1]} channels of --input evenly")
+    return names
+
+
+def _model(text: str, problems: list[str]) -> nn.Module | None:
+    """Import and call ``module:factory``; a module that is there already is taken as it is."""
+    module_name, _, name = text.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        problems.append(f"model: {text!r} is not module:factory; that of nets/unet.py is nets.unet:factory")
+        return None
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+        if not hasattr(module, name):
+            public = [found for found, value in vars(module).items() if callable(value) and found[0] != "_"]
+            problems.append(f"model: module {module_name!r} has no {name!r}.{suggest(name, public)}")
+            return None
+        factory = getattr(module, name)
+        model = factory if isinstance(factory, nn.Module) else factory()
+    # SystemExit: a script that reads its own arguments when it is imported.
+    except (Exception, SystemExit) as error:
+        problems.append(f"model: importing {text} and calling it without arguments failed: {_reason(error)}")
+        return None
+    if not isinstance(model, nn.Module):
+        problems.append(f"model: {text} gives {type(model).__name__}; need a torch.nn.Module")
+        return None
+    return model
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in one line, and where, unless that is in here."""
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    elsewhere = frame.filename != __file__ and "importlib" not in frame.filename
+    return f"{message} (line {frame.lineno} of {frame.filename})" if elsewhere else message
+
+
+def _names(path: str, problems: list[str]) -> tuple[str, ...]:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+        return ()
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
+        return ()
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        problems.append(f"{path}: no names in it; need one per line")
+    return names
+
+
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    """Return a number, or the text where it is none, for whoever checks it to show."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
