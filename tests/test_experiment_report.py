@@ -245,7 +245,7 @@ class TestTables:
         (line,) = lines_of(tables["assignments"])
         assert line["missing rates"] == "ct=0.2, pet=0.8"
         plain, passion = lines_of(tables["hd95"])
-        assert plain["gtv"] == "56.7"
+        assert plain["gtv, mm"] == "56.7"
         assert passion["minus plain"].startswith("-5.0 [")
         for expected in ("nobody in particular", "5 steps of 2 slices of 16×16", "Trainings: 6", "Failed trainings: 0"):
             assert expected in tables["runs"]

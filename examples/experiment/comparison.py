@@ -86,6 +86,11 @@ class Comparison:
         )
 
     @property
+    def apart(self) -> list[str]:
+        """Targets to be shown by themselves; none where the mean is that of a single one already."""
+        return [name for name in self.study.regions if name != self.about]
+
+    @property
     def about(self) -> str:
         """The targets whose mean is meant where none is named."""
         return ", ".join(self.study.primary or self.study.regions)

@@ -15,8 +15,7 @@ __all__ = ["TABLES"]
 
 def summary(of: Comparison) -> str:
     """Mean over all subsets, by target, and for the rarest modality alone; gain against the baseline; cost."""
-    targets = list(of.study.regions)
-    header = ["network", "strategy", f"Dice of {of.about}", *(targets if len(targets) > 1 else [])]
+    header = ["network", "strategy", f"Dice of {of.about}", *of.apart]
     header += ["rarest alone", f"gain on {of.baseline}", "on the rarest alone", "time", "runs"]
     lines = []
     for group in of.groups:
@@ -25,7 +24,7 @@ def summary(of: Comparison) -> str:
             if not level.runs:
                 continue
             line = [of.label(group), name, _percent(level.mean)]
-            for target in targets if len(targets) > 1 else []:
+            for target in of.apart:
                 chosen = of.within(group, target=target)
                 line.append(_percent(by_patient(of.scores().level(name, chosen)).mean))
             line.append(_percent(by_patient(of.scores().level(name, of.within(group, rarest))).mean))
@@ -105,20 +104,20 @@ def distance(of: Comparison) -> str:
     scores = of.scores("hd95")
     if not scores.values:
         return "HD95 was not computed.\n"
-    targets = list(of.study.regions)
-    header = ["network", "strategy", *targets, f"{of.about}, {of.study.unit}", f"minus {of.baseline}", "one mask empty"]
+    header = ["network", "strategy", f"{of.about}, {of.study.unit}", *of.apart]
+    header += [f"minus {of.baseline}", "one mask empty"]
     lines = []
     for group in of.groups:
         for name in of.strategies:
             level = by_patient(scores.level(name, of.within(group)))
             if not level.runs:
                 continue
-            line = [of.label(group), name]
-            for target in targets:
+            line = [of.label(group), name, f"{level.mean:.1f}"]
+            for target in of.apart:
                 chosen = of.within(group, target=target)
                 line.append(f"{by_patient(scores.level(name, chosen)).mean:.1f}")
             difference = by_patient(scores.difference(name, of.baseline, of.within(group)))
-            line += [f"{level.mean:.1f}", "–" if name == of.baseline else _points(difference, scale=1)]
+            line.append("–" if name == of.baseline else _points(difference, scale=1))
             lines.append([*line, _empty(of, name, group)])
     return aligned([header, *lines])
 
