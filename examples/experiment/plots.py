@@ -55,17 +55,22 @@ def gain_by_rate(of: Comparison, path: Path) -> None:
 
 def heat_map(of: Comparison, path: Path) -> None:
     """Dice by subset and strategy, one panel for each network."""
-    size = (1.6 + len(of.groups) * (1 + 0.75 * len(of.strategies)), 2 + 0.27 * len(of.subsets))
-    figure = figures.new_figure(figsize=size)
-    for axes, group in zip(figure.subplots(1, len(of.groups), sharey=True, squeeze=False)[0], of.groups, strict=True):
-        grid = np.array([[100 * _level(of, group, subset, name) for name in of.strategies] for subset in of.subsets])
+    present = {
+        group: [name for name in of.strategies if of.scores().level(name, of.within(group))] for group in of.groups
+    }
+    heights = [len(names) + 2 for names in present.values()]
+    figure = figures.new_figure(figsize=(3.5 + 0.5 * len(of.subsets), 1 + 0.24 * sum(heights)))
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (group, names) in zip(panels, present.items(), strict=True):
+        grid = np.array([[100 * _level(of, group, subset, name) for subset in of.subsets] for name in names])
         known = grid[np.isfinite(grid)]
         axes.imshow(grid, aspect="auto", cmap="viridis", vmin=known.min(), vmax=known.max())
         for (i, j), value in np.ndenumerate(grid):
             pale = value > known.min() + 0.6 * np.ptp(known)
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="black" if pale else "white")
-        axes.set_xticks(range(len(of.strategies)), of.strategies, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(range(len(of.subsets)), of.subsets, fontsize=8)
+        # The hyper-parameters of a strategy get a line of their own.
+        axes.set_yticks(range(len(names)), [name.replace(":", ":\n") for name in names], fontsize=7)
+        axes.set_xticks(range(len(of.subsets)), of.subsets, rotation=45, ha="right", fontsize=8)
         axes.set_title(f"{of.label(group)}, Dice (%)", fontsize=9)
     figures.foot(figure, of.study.credit)
     figure.savefig(path, dpi=110)
