@@ -344,7 +344,9 @@ class TestState:
                 seen.append(model.end_epoch().beta)
         return seen
 
-    @pytest.mark.parametrize("rule", [*RULES, PMR(entropy_weight=0.3, entropy_epochs=1)], ids=str)
+    @pytest.mark.parametrize(
+        "rule", [*RULES, PMR(entropy_weight=0.3, entropy_epochs=1)], ids=[*map(str, RULES), "pmr with entropy"]
+    )
     def test_training_that_stops_and_resumes_is_the_same_bit_for_bit(self, rule: Any, tmp_path: Path) -> None:
         net = MeanNet(M, dropout=0.2)
         whole = wrap(copy.deepcopy(net), copy.deepcopy(rule))
