@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.errors import BackboneError
+from passion_plugin.random_state import random_state, set_random_state
 from passion_plugin.skipping import skipping
-from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward, random_state, set_random_state
+from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward
 
 __all__ = ["FusedPass", "Prediction", "Skip", "fused_pass", "student_pass"]
 

@@ -13,7 +13,8 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError
 from passion_plugin.heads import feature_maps
 from passion_plugin.passes import FusedPass, Prediction, student_pass
-from passion_plugin.taps import Segment, random_state, set_random_state
+from passion_plugin.random_state import random_state, set_random_state
+from passion_plugin.taps import Segment
 
 __all__ = ["Student", "active_students", "run_students"]
 

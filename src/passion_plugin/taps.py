@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from passion_plugin.errors import BackboneError, suggest
+from passion_plugin.random_state import random_state
 
 __all__ = ["FeatureRecord", "Segment", "Tap", "overridden_forward", "resolve_module"]
 
@@ -301,20 +302,6 @@ class FeatureRecord:
             for owner, modules in self.encoders.items()
             for module in modules
         }
-
-
-def random_state() -> tuple[Tensor, list[Tensor]]:
-    """Return the state of the CPU generator and of those of all CUDA devices in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda
-
-
-def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    """Put back what :func:`random_state` returned."""
-    cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 def _check_leaves(output: Any, owner: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from passion_plugin.taps import random_state, set_random_state
+from passion_plugin.random_state import random_state, set_random_state
 
 __all__ = ["lazy_parameters", "reseed", "sandbox", "untouched_modes"]
 
