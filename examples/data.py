@@ -157,16 +157,26 @@ class RandomPatches(Dataset[Item]):
         corner = [int(rng.integers(full - part + 1)) for full, part in zip(label.shape, self.size, strict=True)]
         marked = label.nonzero()
         if len(marked) and rng.random() < 0.5:
-            voxel = marked[int(rng.integers(len(marked)))].tolist()
-            corner = [
-                min(max(v - int(rng.integers(part)), 0), full - part)
-                for v, full, part in zip(voxel, label.shape, self.size, strict=True)
-            ]
-        window = tuple(slice(start, start + part) for start, part in zip(corner, self.size, strict=True))
-        axes = [axis for axis in range(-len(self.size), 0) if rng.random() < 0.5]
-        item["image"] = image[(slice(None), *window)].flip(axes).contiguous()
-        item["label"] = label[window].flip(axes).contiguous()
-        return item
+            corner = corner_around(marked, label.shape, self.size, rng)
+        image, label = cut_and_flip(image, label, corner, self.size, rng)
+        return {**item, "image": image.contiguous(), "label": label.contiguous()}
+
+
+def corner_around(marked: Tensor, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """First corner of a random window that holds one of the ``marked`` voxels (n, axes), inside ``shape``."""
+    voxel = marked[int(rng.integers(len(marked)))].tolist()
+    return [
+        min(max(v - int(rng.integers(part)), 0), full - part) for v, full, part in zip(voxel, shape, size, strict=True)
+    ]
+
+
+def cut_and_flip(
+    image: Tensor, label: Tensor, corner: Sequence[int], size: Sequence[int], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """The window of image (M, *spatial) and label (*spatial), each axis flipped in half of the cases."""
+    window = tuple(slice(start, start + part) for start, part in zip(corner, size, strict=True))
+    axes = [axis for axis in range(-len(size), 0) if rng.random() < 0.5]
+    return image[(slice(None), *window)].flip(axes), label[window].flip(axes)
 
 
 def load_cohort(data: str, *, seed: int = 0, fold: int = 0, smoke: bool = False) -> Cohort:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.data import corner_around, cut_and_flip
 from passion_plugin import PresenceTable
 from passion_plugin.evaluation.inference import Predict
 from passion_plugin.missing import EvenSubsets, blank_missing, drop_modalities
@@ -111,14 +112,8 @@ class Batches:
         corner = [int(random.integers(full - part + 1)) for full, part in zip(label.shape, self.size, strict=True)]
         marked = label.nonzero() if aimed and tuple(label.shape) != self.size else ()
         if len(marked):
-            voxel = marked[int(random.integers(len(marked)))].tolist()
-            corner = [
-                min(max(v - int(random.integers(part)), 0), full - part)
-                for v, full, part in zip(voxel, label.shape, self.size, strict=True)
-            ]
-        window = tuple(slice(start, start + part) for start, part in zip(corner, self.size, strict=True))
-        axes = [axis for axis in range(-len(self.size), 0) if random.random() < 0.5]
-        return image[(slice(None), *window)].flip(axes), label[window].flip(axes)
+            corner = corner_around(marked, label.shape, self.size, random)
+        return cut_and_flip(image, label, corner, self.size, random)
 
 
 def predict_whole(size: Sequence[int], *, multiple: int = 8, slices: int = 32) -> Predict:
