@@ -65,8 +65,8 @@ def interleaved(
     """Time several candidates in turn, so that whatever disturbs the machine disturbs all of them.
 
     Every candidate is a sequence of calls, such as one for each batch; a round times each call of each
-    candidate once, the candidates alternating call by call and starting with another one each time. One
-    round goes before the first, untimed.
+    candidate once, the candidates alternating call by call and starting with another one each time. The first
+    call of each candidate goes before all rounds, untimed.
 
     Args:
         candidates: sequences of equal length, by name.
@@ -87,7 +87,9 @@ def interleaved(
     gc.freeze()
     gc.disable()
     try:
-        for turn in range(-1, max(rounds, _FEWEST_ROUNDS)):
+        for calls in candidates.values():
+            calls[0]()
+        for turn in range(max(rounds, _FEWEST_ROUNDS)):
             if turn >= _FEWEST_ROUNDS and time.perf_counter() - began > seconds:
                 break
             gc.collect()
@@ -96,7 +98,7 @@ def interleaved(
                 for index in range(len(names)):
                     chosen = (index + position + turn) % len(names)
                     totals[names[chosen]] += _seconds(calls[chosen], device)
-            for name in names if turn >= 0 else ():
+            for name in names:
                 result[name].append(totals[name] / len(candidates[name]))
     finally:
         gc.unfreeze()

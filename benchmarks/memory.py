@@ -19,9 +19,8 @@ from benchmarks.measure import peak_memory
 from benchmarks.operations import forward_backward
 from benchmarks.problems import Problem
 from benchmarks.results import Row, command_line, run, with_progress
-from benchmarks.step import backbone_options, points, problem_of
-from benchmarks.training import CONFIGS, build
-from benchmarks.training import check_parity as check_step_parity
+from benchmarks.step import backbone_options, checked_problem, chosen_candidates, points
+from benchmarks.training import build
 
 __all__ = ["main", "measure"]
 
@@ -54,10 +53,9 @@ def _losses(options: argparse.Namespace) -> Iterator[Row]:
 
 def _steps(options: argparse.Namespace) -> Iterator[Row]:
     for point in with_progress([point for point in points(options) if point.sweep == "backbones"]):
-        problem = problem_of(point, options)
-        check_step_parity(problem, list(CONFIGS))
+        problem = checked_problem(point, options)
         plain: list[int] = []
-        for name in ("plain", "naive", *CONFIGS):
+        for name in chosen_candidates(options):
             peaks = _step_peaks(name, problem, options.device)
             plain = plain or peaks
             yield {

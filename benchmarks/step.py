@@ -9,17 +9,17 @@ import argparse
 import functools
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks import tables
 from benchmarks.measure import interleaved
 from benchmarks.problems import Problem, pose
 from benchmarks.results import Row, command_line, rows_of_times, run, timing_options, with_progress
-from benchmarks.training import CONFIGS, build, check_parity
+from benchmarks.training import CANDIDATES, CONFIGS, build, check_parity
 from examples.backbones import BACKBONES, rfnet_spec
 
-__all__ = ["Point", "backbone_options", "main", "measure", "points", "problem_of"]
+__all__ = ["Point", "backbone_options", "checked_problem", "chosen_candidates", "main", "measure", "points"]
 
 _NAMES = ("flair", "t1ce", "t1", "t2", "pd", "dwi")
 _RATES = (0.2, 0.4, 0.6, 0.8)
@@ -64,6 +64,13 @@ def backbone_options(parser: argparse.ArgumentParser) -> None:
     add("--shape", type=_numbers(int), help="B,M,*spatial of the images (default: 1,4,48,48,48; --full: 1,4,80,80,80)")
     add("--modalities", type=lambda text: tuple(text.split(",")), help="M names (default: flair,t1ce,t1,t2)")
     add("--rates", type=_numbers(float), help="M missing rates (default: 0.2,0.4,0.6,0.8)")
+    add("--candidates", nargs="*", choices=CANDIDATES, metavar="NAME", help="what is measured (default: all)")
+    add(
+        "--parity-shape",
+        type=_numbers(int),
+        help="B,M,*spatial of the images that candidates are compared on first; naive PASSION, the reference, needs "
+        "several times the memory of the others (default: as --shape)",
+    )
     add("--draws", type=int, help="batches, each with a presence of its own (default: 5; --full: 20)")
 
 
@@ -120,12 +127,30 @@ def _make(point: Point) -> Any:
     return backbone, rfnet_spec(point.modalities)
 
 
+def checked_problem(point: Point, options: argparse.Namespace) -> Problem:
+    """Build the backbone and the batches of a point, and compare what is measured with naive PASSION.
+
+    Raises:
+        ParityError: a candidate computes something else.
+    """
+    problem = problem_of(point, options)
+    compared = problem
+    if options.parity_shape:
+        compared = problem_of(replace(point, shape=options.parity_shape), options)
+    check_parity(compared, [name for name in chosen_candidates(options) if name in CONFIGS])
+    return problem
+
+
+def chosen_candidates(options: argparse.Namespace) -> list[str]:
+    """Return the candidates of training steps that are asked for; plain training, the baseline, always."""
+    return [name for name in CANDIDATES if name == "plain" or name in (options.candidates or CANDIDATES)]
+
+
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for every candidate of every point, in training and in evaluation."""
     for point in with_progress(points(options)):
-        problem = problem_of(point, options)
-        check_parity(problem, list(CONFIGS))
-        found = {name: build(name, problem) for name in ("plain", "naive", *CONFIGS)}
+        problem = checked_problem(point, options)
+        found = {name: build(name, problem) for name in chosen_candidates(options)}
         calls = {
             name: [functools.partial(candidate.step, batch) for batch in problem.batches]
             for name, candidate in found.items()
@@ -133,7 +158,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         limits = {"device": options.device, "rounds": options.rounds, "seconds": options.seconds}
         for row in rows_of_times(interleaved(calls, **limits), baseline="plain"):
             yield {**point.columns(), "stage": "training", **row}
-        if point.sweep == "backbones":
+        if point.sweep == "backbones" and "ours" in found:
             calls = {
                 name: [functools.partial(found[name].evaluate, batch) for batch in problem.batches]
                 for name in ("plain", "ours")

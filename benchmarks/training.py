@@ -18,7 +18,7 @@ from benchmarks.problems import Batch, Problem, predict
 from passion_plugin import PassionConfig, PassionWrapper
 from passion_plugin.backbone.binding import BoundBackbone
 
-__all__ = ["CONFIGS", "Candidate", "build", "check_parity"]
+__all__ = ["CANDIDATES", "CONFIGS", "Candidate", "build", "check_parity"]
 
 CONFIGS: dict[str, PassionConfig] = {
     "ours": PassionConfig(),
@@ -26,6 +26,9 @@ CONFIGS: dict[str, PassionConfig] = {
     "ours, low memory": PassionConfig(memory="low"),
 }
 """Configurations that are measured, by the name of the candidate."""
+
+CANDIDATES = ("plain", "naive", *CONFIGS)
+"""Everything that is measured, in the order of the tables."""
 
 # Single precision, and convolutions over other rows sum in another order. Term by term, because a term as small
 # as that of the prototypes would not show in the sum.
