@@ -389,14 +389,15 @@ class TestState:
         states = {rule: wrap(MeanNet(M), rule).addon_state_dict() for rule in (None, "plain", "agm")}
         assert "strategy" not in states[None]
         for rule, other in ((None, "plain"), ("plain", None), ("agm", "plain")):
-            with pytest.raises(ConfigError, match=rf"saved with strategy {other!r}, this model has {rule!r}"):
+            message = f"saved with strategy '{other or 'passion'}', this model has '{rule or 'passion'}'"
+            with pytest.raises(ConfigError, match=message):
                 wrap(MeanNet(M), rule).load_addon_state_dict(states[other])
         del states["agm"]["strategy_state"]["_mean"]
-        with pytest.raises(ConfigError, match="no _mean in it"):
+        with pytest.raises(ConfigError, match="lacking: '_mean'"):
             wrap(MeanNet(M), "agm").load_addon_state_dict(states["agm"])
 
     def test_states_hold_nothing_of_another_rule(self) -> None:
-        common = {"format", "modalities", "heads"}
+        common = {"format", "modalities", "settings", "heads"}
         assert set(wrap(MeanNet(M)).addon_state_dict()) == common | {"preference"}
         assert set(wrap(MeanNet(M), "agm").addon_state_dict()) == common | {"strategy", "strategy_state"}
 
@@ -423,14 +424,12 @@ class TestState:
         other.load_addon_state_dict({**state, "strategy": "plain", "strategy_state": kept})
         assert other.end_epoch().epoch == 2
 
-    @pytest.mark.parametrize(
-        ("rule", "lost", "message"), [(None, "preference", "need the keys"), ("plain", "strategy_state", "no epoch")]
-    )
-    def test_a_state_that_lost_the_part_of_the_rule_is_refused(self, rule: Any, lost: str, message: str) -> None:
+    @pytest.mark.parametrize(("rule", "lost"), [(None, "preference"), ("plain", "strategy_state")])
+    def test_a_state_that_lost_the_part_of_the_rule_is_refused(self, rule: Any, lost: str) -> None:
         model = wrap(MeanNet(M), rule)
         state = model.addon_state_dict()
         del state[lost]
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f"entries lacking: '{lost}'"):
             model.load_addon_state_dict(state)
 
     @pytest.mark.parametrize("kind", [AGM, PassionRule])

@@ -36,6 +36,7 @@ T1 is missing for one patient in five, T2 for four in five:
 ['t1', 't2']
 """
 
+from passion_plugin.addon_file import load_addon, read_addon, save_addon
 from passion_plugin.backbone import BackboneSpec, MaskCodec
 from passion_plugin.backbone.report import Report, inspect
 from passion_plugin.config import PassionConfig
@@ -77,4 +78,7 @@ __all__ = [
     "UsageError",
     "draw_presence",
     "inspect",
+    "load_addon",
+    "read_addon",
+    "save_addon",
 ]

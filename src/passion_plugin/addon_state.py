@@ -7,30 +7,73 @@ from typing import Any
 
 from torch import nn
 
-from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.errors import raise_problems
+from passion_plugin.state_checks import cpu_copies, entry_problems, key_problems, listed, shown
 from passion_plugin.strategies.base import Strategy
 
-__all__ = ["addon_state", "load_addon_state"]
+__all__ = ["addon_state", "addon_state_problems", "load_addon_state"]
 
-_FORMAT = 1
+# 2 added the settings. To be raised whenever an entry or a setting is added, so that older releases say what to do.
+_FORMAT = 2
+_WITHOUT_SETTINGS = 1
 
 
 def addon_state(modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> dict[str, Any]:
-    """Return names, heads and what the strategy keeps; readable with ``torch.load(weights_only=True)``.
+    """Return names, settings, heads and what the strategy keeps; readable with ``torch.load(weights_only=True)``.
 
     Args:
         modalities: M names, in mask-column order.
         heads: students of a backbone that cannot let a single modality through; else empty.
         strategy: prepared for these modalities.
+
+    Returns:
+        Copies on the CPU, which training does not change any more.
     """
-    names = {"format": _FORMAT, "modalities": list(modalities)}
-    return {**names, **strategy.addon_entries(), "heads": heads.state_dict()}
+    names = {"format": _FORMAT, "modalities": list(modalities), "settings": strategy.settings()}
+    return {**names, **strategy.addon_entries(), "heads": cpu_copies(dict(heads.state_dict()))}
+
+
+def addon_state_problems(state: Any, modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> list[str]:
+    """Say why a state does not fit, a sentence for each reason; nothing is changed.
+
+    Args:
+        state: anything.
+        modalities: M names, in mask-column order.
+        heads: of this model.
+        strategy: of this model.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("format"), int):
+        return ["not an add-on state, which addon_state_dict() returns and save_addon() writes"]
+    version = state["format"]
+    if version not in (_WITHOUT_SETTINGS, _FORMAT):
+        return [
+            f"format {shown(version)}, this version reads {_WITHOUT_SETTINGS} and {_FORMAT}; load it with the release "
+            "that wrote it, or a later one"
+        ]
+    problems, fits = [], True
+    names = state.get("modalities")
+    if names != list(modalities):
+        found, fits = listed(names) if isinstance(names, list) else shown(names), False
+        problems.append(f"it was saved for [{found}], this model has {list(modalities)}")
+    theirs, ours = state.get("strategy", "passion"), strategy.name
+    if theirs != ours:
+        fits = False
+        problems.append(f"it was saved with strategy {shown(theirs)}, this model has {ours!r}")
+    else:
+        entries = _entry_problems(state, addon_state(modalities, heads, strategy))
+        if version != _WITHOUT_SETTINGS and "settings" in state:
+            problems += _settings_problems(state["settings"], strategy.settings())
+        problems, fits = problems + entries, fits and not entries
+    if fits:
+        problems += strategy.addon_problems(state)
+    wrong = entry_problems(heads.state_dict(), state["heads"]) if "heads" in state else []
+    return problems + [f"its heads do not fit those of this model: {problem}" for problem in wrong]
 
 
 def load_addon_state(
     state: Mapping[str, Any], modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy
 ) -> None:
-    """Restore what :func:`addon_state` returned.
+    """Restore what :func:`addon_state` returned, all of it or nothing.
 
     Args:
         state: that dict.
@@ -39,21 +82,38 @@ def load_addon_state(
         strategy: changed in place.
 
     Raises:
-        ConfigError: it is of another format, of other modalities or another strategy, or incomplete.
+        ConfigError: listing why it does not fit; nothing has been changed.
     """
-    needed = {"format", "modalities", "heads"}
-    if not isinstance(state, Mapping) or needed - set(state):
-        raise ConfigError(f"not an add-on state: it must hold {sorted(needed)}")
-    problems = []
-    if state["format"] != _FORMAT:
-        problems.append(f"format {state['format']!r}, this version reads {_FORMAT}")
-    if list(state["modalities"]) != list(modalities):
-        problems.append(f"it was saved for {state['modalities']}, this model has {list(modalities)}")
-    if set(state["heads"]) != set(heads.state_dict()):
-        problems.append("its heads do not fit those of this model")
-    theirs, ours = state.get("strategy"), strategy.addon_entries().get("strategy")
-    if theirs != ours:
-        problems.append(f"it was saved with strategy {theirs!r}, this model has {ours!r}")
-    raise_problems(problems, what="add-on state")
+    raise_problems(addon_state_problems(state, modalities, heads, strategy), what="add-on state")
     strategy.load_addon_entries(state)
     heads.load_state_dict(state["heads"])
+
+
+def _entry_problems(state: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    expected, found = list(ours), list(state)
+    if state["format"] == _WITHOUT_SETTINGS:
+        # Other rules once saved a preference that they did not use.
+        expected.remove("settings")
+        found = [key for key in expected if key in state]
+    return [f"entries {problem}" for problem in key_problems(expected, found)]
+
+
+def _settings_problems(theirs: Any, ours: Mapping[str, Any]) -> list[str]:
+    if not isinstance(theirs, Mapping):
+        return [f"settings are {shown(theirs)}, need a mapping"]
+    differing = [
+        f"{name}: found {shown(theirs[name])}, expected {shown(value)}"
+        for name, value in ours.items()
+        if name in theirs and not _same(theirs[name], value)
+    ]
+    problems = [f"settings {problem}" for problem in key_problems(ours, theirs)]
+    if differing:
+        problems.append(
+            f"it was saved with other settings ({'; '.join(differing)}): build the model with those, or, to go on with "
+            "the ones of this model, put its addon_state_dict()['settings'] into the state"
+        )
+    return problems
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    return theirs is ours or (isinstance(theirs, (bool, int, float, str)) and theirs == ours)

@@ -9,11 +9,14 @@ from typing import Any, Literal, get_args
 from passion_plugin.errors import raise_problems
 from passion_plugin.ops._dispatch import Backend
 
-__all__ = ["Memory", "Mode", "Modulation", "PassionConfig"]
+__all__ = ["HOW_PASSES_RUN", "Memory", "Mode", "Modulation", "PassionConfig"]
 
 Mode = Literal["default", "official"]
 Modulation = Literal["distillation", "encoder", "none"]
 Memory = Literal["default", "low"]
+
+HOW_PASSES_RUN = ("memory", "stack_students", "skip_missing_encoders", "share_random_state", "backend")
+"""Fields that every strategy uses: how passes are run and losses computed, not what is learned from them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,7 +282,7 @@ class Passion:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ConfigError: it is of another format, of other modalities or another strategy, or incomplete.
+            ConfigError: it is of another format, modalities, strategy or settings, or incomplete. Nothing was changed.
         """
         load_addon_state(state, self.modalities, self.heads, self.strategy)
 

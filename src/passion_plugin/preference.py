@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from passion_plugin.balance import Preference, presence_counts_of, project_beta, usable_distances
 from passion_plugin.config import Mode
-from passion_plugin.errors import ConfigError, PassionWarning, raise_problems
+from passion_plugin.errors import PassionWarning, raise_problems
+from passion_plugin.state_checks import entry_problems, listed, shown
 
 __all__ = ["Preference", "PreferenceEstimator"]
 
@@ -254,6 +255,25 @@ class PreferenceEstimator(nn.Module):
             "counts": self._counts.to("cpu", copy=True),
         }
 
+    def state_problems(self, state: Any) -> list[str]:
+        """Say why :meth:`set_extra_state` would refuse a state; nothing is changed."""
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if isinstance(version, int) and version != _STATE_VERSION:
+            return [
+                f"written as version {shown(version)}, this release reads version {_STATE_VERSION}; load it with the "
+                "release that wrote it"
+            ]
+        problems = entry_problems(self.get_extra_state(), state)
+        if problems:
+            return [*problems[:-1], f"{problems[-1]}; pass what state_dict() returned"]
+        if state["modalities"] != list(self.modalities):
+            return [
+                f"it was saved for the modalities ({listed(state['modalities'])}), this estimator has "
+                f"({listed(self.modalities)}); build the estimator with the same names in the same order"
+            ]
+        endless = [name for name in ("beta", "sums", "counts") if not state[name].isfinite().all()]
+        return [f"{name} is not finite" for name in endless]
+
     def set_extra_state(self, state: Any) -> None:
         """Restore what :meth:`get_extra_state` returned.
 
@@ -263,31 +283,9 @@ class PreferenceEstimator(nn.Module):
         Raises:
             ConfigError: it is not such a state, is of another version, or belongs to other modalities.
         """
-        problems = []
-        keys = self.get_extra_state().keys()
-        if not isinstance(state, Mapping) or not keys <= state.keys():
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            problems.append(f"found {found}, need the keys {sorted(keys)}; pass what state_dict() returned")
-        elif state["version"] != _STATE_VERSION:
-            problems.append(
-                f"written as version {state['version']!r}, this release reads version {_STATE_VERSION}; load "
-                "it with the release that wrote it"
-            )
-        elif list(state["modalities"]) != list(self.modalities):
-            problems.append(
-                f"it was saved for the modalities {tuple(state['modalities'])}, this estimator has "
-                f"{self.modalities}; build the estimator with the same names in the same order"
-            )
-        else:
-            shapes = {name: getattr(state[name], "shape", None) for name in ("beta", "sums", "counts")}
-            problems += [
-                f"{name} has shape {shape}, need ({len(self.modalities)},)"
-                for name, shape in shapes.items()
-                if shape != self._beta.shape
-            ]
-        raise_problems(problems, what="state of PreferenceEstimator", error=ConfigError)
-        self.epoch, self._growths = int(state["epoch"]), int(state["eta_growths"])
-        self.samples_seen = int(state["samples_seen"])
+        raise_problems(self.state_problems(state), what="state of PreferenceEstimator")
+        self.epoch, self._growths = state["epoch"], state["eta_growths"]
+        self.samples_seen = state["samples_seen"]
         self._beta = state["beta"].to(self._beta, copy=True)
         self._sums = state["sums"].to(self._sums, copy=True)
         self._counts = state["counts"].to(self._counts, copy=True)

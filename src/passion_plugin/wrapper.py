@@ -18,6 +18,9 @@ from passion_plugin.strategies.base import Strategy
 
 __all__ = ["PassionWrapper"]
 
+# Entries of the add-on state that are modules of the wrapper, which state_dict() visits by itself.
+_MODULES = ("preference", "heads")
+
 
 class PassionWrapper(nn.Module):
     r"""Wrap a multi-encoder segmentation backbone so that it trains well with missing modalities.
@@ -173,6 +176,27 @@ class PassionWrapper(nn.Module):
     def load_addon_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`addon_state_dict` returned; see :meth:`Passion.load_state_dict`."""
         self.passion.load_state_dict(state)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what ``state_dict()`` holds beside the modules: names, settings and what another strategy keeps."""
+        return {key: value for key, value in self.addon_state_dict().items() if key not in _MODULES}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Check and restore what :meth:`get_extra_state` returned; called before anything else is loaded.
+
+        Raises:
+            ConfigError: it is of another format, modalities, strategy or settings. Nothing was changed.
+        """
+        modules = {key: value for key, value in self.addon_state_dict().items() if key in _MODULES}
+        self.load_addon_state_dict({**state, **modules} if isinstance(state, Mapping) else state)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        # Before the settings were kept, the preference was all there was.
+        if f"{prefix}preference._extra_state" in state_dict and f"{prefix}_extra_state" in missing:
+            missing.remove(f"{prefix}_extra_state")
 
     def __getattr__(self, name: str) -> Any:
         """Look up what the wrapper does not have on the backbone."""

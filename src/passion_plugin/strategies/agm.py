@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -106,6 +106,10 @@ class AGM(Strategy):
         super().prepare(modalities, config, rarity)
         self._mean = torch.zeros(len(self.modalities))
         self._steps = torch.zeros(len(self.modalities))
+
+    def settings(self) -> dict[str, Any]:
+        """Return alpha; see :meth:`Strategy.settings`."""
+        return {"alpha": self.alpha}
 
     def segments(self, presence: Tensor) -> list[Segment]:
         """Every non-empty subset of the modalities, in the rows that have it and more."""

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from passion_plugin.balance import Preference
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import ConfigError, UsageError, raise_problems
+from passion_plugin.errors import UsageError, raise_problems
 from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
 from passion_plugin.rarity import Rarity
+from passion_plugin.state_checks import cpu_copies, entry_problems
 from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
@@ -174,25 +174,43 @@ class Strategy:
         self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
         return report
 
+    def settings(self) -> dict[str, Any]:
+        """Return the options that decide what is learned, by name: a state saved with others is refused.
+
+        Returns:
+            Numbers, texts and None only.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed training needs, on the CPU."""
-        return tree_map(_copied, {key: getattr(self, key) for key in self.stateful})
+        return cpu_copies({key: getattr(self, key) for key in self.stateful})
+
+    def state_problems(self, state: Any) -> list[str]:
+        """Say why :meth:`load_state_dict` would refuse a state, a sentence each; nothing is changed."""
+        return entry_problems(self.state_dict(), state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ConfigError: it is incomplete.
+            ConfigError: it is not such a state; nothing has been changed.
         """
-        lacking = [key for key in self.stateful if key not in state]
-        if lacking:
-            raise ConfigError(f"state of strategy {self.name!r}: no {', '.join(lacking)} in it")
+        raise_problems(self.state_problems(state), what=f"state of strategy {self.name!r}")
         for key in self.stateful:
-            setattr(self, key, tree_map(_copied, state[key]))
+            setattr(self, key, cpu_copies(state[key]))
 
     def addon_entries(self) -> dict[str, Any]:
         """Return what the add-on state of a model holds of its rule: by which name, and :meth:`state_dict`."""
         return {"strategy": self.name, "strategy_state": self.state_dict()}
+
+    def addon_problems(self, state: Mapping[str, Any]) -> list[str]:
+        """Say why :meth:`load_addon_entries` would refuse a state.
+
+        Args:
+            state: the whole add-on state, of a model with the same rule and modalities.
+        """
+        return [f"strategy_state: {problem}" for problem in self.state_problems(state.get("strategy_state"))]
 
     def load_addon_entries(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`addon_entries` returned.
@@ -201,9 +219,9 @@ class Strategy:
             state: the whole add-on state, of a model with the same rule.
 
         Raises:
-            ConfigError: it is incomplete.
+            ConfigError: it is not such a state.
         """
-        self.load_state_dict(state.get("strategy_state", {}))
+        self.load_state_dict(state["strategy_state"])
 
 
 class Plain(Strategy):
@@ -218,7 +236,3 @@ class Plain(Strategy):
     """
 
     name = "plain"
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf

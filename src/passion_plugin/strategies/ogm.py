@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class OGMGE(Strategy):
         if not 0 < alpha < float("inf"):
             raise ConfigError(f"OGMGE: alpha must be a positive number, got {alpha!r}")
         self.alpha, self.noise = float(alpha), bool(noise)
+
+    def settings(self) -> dict[str, Any]:
+        """Return alpha and noise; see :meth:`Strategy.settings`."""
+        return {"alpha": self.alpha, "noise": self.noise}
 
     def segments(self, presence: Tensor) -> list[Segment]:
         """Every modality alone, in the rows that have it beside another one."""

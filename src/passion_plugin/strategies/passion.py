@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from passion_plugin.balance import Preference
-from passion_plugin.config import PassionConfig
+from passion_plugin.config import HOW_PASSES_RUN, PassionConfig
 from passion_plugin.errors import ConfigError, PassionWarning, UsageError
 from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
@@ -122,9 +122,17 @@ class PassionRule(Strategy):
         self._steps_since_epoch = 0
         return self.preference.end_epoch(update_beta=not self.warming_up)
 
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration, without how passes are run; see :meth:`Strategy.settings`."""
+        return {key: value for key, value in self.config.as_dict().items() if key not in HOW_PASSES_RUN}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the preference, which is all there is; see :meth:`Strategy.state_dict`."""
         return self.preference.get_extra_state()
+
+    def state_problems(self, state: Any) -> list[str]:
+        """Say what is wrong with a state of the preference; see :meth:`Strategy.state_problems`."""
+        return self.preference.state_problems(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`Strategy.load_state_dict`."""
@@ -134,9 +142,13 @@ class PassionRule(Strategy):
         """Return the preference without a name: that is how states look that have no ``strategy``."""
         return {"preference": self.state_dict()}
 
+    def addon_problems(self, state: Mapping[str, Any]) -> list[str]:
+        """Say why the preference would be refused; see :meth:`Strategy.addon_problems`."""
+        return [f"preference: {problem}" for problem in self.state_problems(state.get("preference"))]
+
     def load_addon_entries(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`addon_entries` returned; see :meth:`Strategy.load_addon_entries`."""
-        self.load_state_dict(state.get("preference", {}))
+        self.load_state_dict(state["preference"])
 
     def _remind_of_epochs(self) -> None:
         self._steps_since_epoch += 1

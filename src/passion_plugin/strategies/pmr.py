@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, raise_problems
 from passion_plugin.heads import feature_maps
 from passion_plugin.rarity import Rarity
+from passion_plugin.state_checks import listed
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import compared, ratio_to_others, true_class_loss, true_class_probability
 from passion_plugin.targets import resize_labels
@@ -86,6 +87,21 @@ class PMR(Strategy):
         super().prepare(modalities, config, rarity)
         self._prototypes: dict[str, Tensor] = {}
         self._seen: dict[str, Tensor] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return weights, momentum and for how long; see :meth:`Strategy.settings`."""
+        return {name: getattr(self, name) for name in ("alpha", "momentum", "entropy_weight", "entropy_epochs")}
+
+    def state_problems(self, state: Any) -> list[str]:
+        """Check that prototypes belong to modalities; see :meth:`Strategy.state_problems`."""
+        problems = super().state_problems(state)
+        if problems:
+            return problems
+        names, seen = state["_prototypes"].keys(), state["_seen"].keys()
+        tensors = all(isinstance(leaf, Tensor) for key in ("_prototypes", "_seen") for leaf in state[key].values())
+        if names == seen <= set(self.modalities) and tensors:
+            return []
+        return [f"_prototypes ({listed(names)}) and _seen ({listed(seen)}) need a tensor for the same modalities"]
 
     def check(self, bound: BoundBackbone) -> None:
         """Check that there are encoders and exclusive classes; see :meth:`Strategy.check`."""

@@ -107,11 +107,20 @@ class RedCore(Strategy):
         self.epoch += 1
         return self.estimator.end_epoch()
 
+    def settings(self) -> dict[str, Any]:
+        """Return the weight and the options of the estimator; see :meth:`Strategy.settings`."""
+        return {"weight": self.weight, **self.options}
+
     def state_dict(self) -> dict[str, Any]:
         """Return weights, sums and counts; see :meth:`Strategy.state_dict`."""
         return {**super().state_dict(), "estimator": self.estimator.get_extra_state()}
 
+    def state_problems(self, state: Any) -> list[str]:
+        """Check the weights too; see :meth:`Strategy.state_problems`."""
+        problems = super().state_problems(state)
+        return problems or [f"estimator: {problem}" for problem in self.estimator.state_problems(state["estimator"])]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`Strategy.load_state_dict`."""
         super().load_state_dict(state)
-        self.estimator.set_extra_state(state.get("estimator"))
+        self.estimator.set_extra_state(state["estimator"])

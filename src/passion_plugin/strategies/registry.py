@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from passion_plugin.config import PassionConfig
+from passion_plugin.config import HOW_PASSES_RUN, PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.strategies.agm import AGM
 from passion_plugin.strategies.base import Plain, Strategy
@@ -32,8 +32,6 @@ _DATA_SIDE = {
     "drop": "passion_plugin.missing.drop_modalities(mask) in the training loop",
     "even": "passion_plugin.missing.EvenSubsets as the sampler of the loader",
 }
-# What every strategy uses: how passes are run and losses computed, not what is learned from them.
-_SHARED = ("memory", "stack_students", "skip_missing_encoders", "share_random_state", "backend")
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -116,7 +114,7 @@ def resolve(strategy: Any, config: Any) -> tuple[Strategy, Any]:
     ignored = [
         f"{field.name}={getattr(given, field.name)!r} is about PASSION, which does not run here: leave it out"
         for field in fields(given)
-        if field.name not in _SHARED and getattr(given, field.name) != field.default
+        if field.name not in HOW_PASSES_RUN and getattr(given, field.name) != field.default
     ]
     raise_problems(ignored, what=f"config= beside strategy {strategy.name!r}")
     return strategy, given
