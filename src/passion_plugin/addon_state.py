@@ -50,22 +50,21 @@ def addon_state_problems(state: Any, modalities: Sequence[str], heads: nn.Module
             f"format {shown(version)}, this version reads {_WITHOUT_SETTINGS} and {_FORMAT}; load it with the release "
             "that wrote it, or a later one"
         ]
-    problems, fits = [], True
-    names = state.get("modalities")
-    if names != list(modalities):
-        found, fits = listed(names) if isinstance(names, list) else shown(names), False
+    problems = []
+    names, rule = state.get("modalities"), state.get("strategy", "passion")
+    same_names, same_rule = names == list(modalities), rule == strategy.name
+    if not same_names:
+        found = listed(names) if isinstance(names, list) else shown(names)
         problems.append(f"it was saved for [{found}], this model has {list(modalities)}")
-    theirs, ours = state.get("strategy", "passion"), strategy.name
-    if theirs != ours:
-        fits = False
-        problems.append(f"it was saved with strategy {shown(theirs)}, this model has {ours!r}")
+    if not same_rule:
+        problems.append(f"it was saved with strategy {shown(rule)}, this model has {strategy.name!r}")
     else:
-        entries = _entry_problems(state, addon_state(modalities, heads, strategy))
+        wrong_entries = _entry_problems(state, addon_state(modalities, heads, strategy))
+        problems += wrong_entries
         if version != _WITHOUT_SETTINGS and "settings" in state:
             problems += _settings_problems(state["settings"], strategy.settings())
-        problems, fits = problems + entries, fits and not entries
-    if fits:
-        problems += strategy.addon_problems(state)
+        if same_names and not wrong_entries:
+            problems += strategy.addon_problems(state)
     wrong = entry_problems(heads.state_dict(), state["heads"]) if "heads" in state else []
     return problems + [f"its heads do not fit those of this model: {problem}" for problem in wrong]
 

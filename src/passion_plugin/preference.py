@@ -257,20 +257,21 @@ class PreferenceEstimator(nn.Module):
 
     def state_problems(self, state: Any) -> list[str]:
         """Say why :meth:`set_extra_state` would refuse a state; nothing is changed."""
-        version = state.get("version") if isinstance(state, Mapping) else None
+        read = state if isinstance(state, Mapping) else {}
+        version, names = read.get("version"), read.get("modalities")
         if isinstance(version, int) and version != _STATE_VERSION:
             return [
                 f"written as version {shown(version)}, this release reads version {_STATE_VERSION}; load it with the "
                 "release that wrote it"
             ]
+        if isinstance(names, list) and names != list(self.modalities):
+            return [
+                f"it was saved for the modalities ({listed(names)}), this estimator has ({listed(self.modalities)}); "
+                "build the estimator with the same names in the same order"
+            ]
         problems = entry_problems(self.get_extra_state(), state)
         if problems:
             return [*problems[:-1], f"{problems[-1]}; pass what state_dict() returned"]
-        if state["modalities"] != list(self.modalities):
-            return [
-                f"it was saved for the modalities ({listed(state['modalities'])}), this estimator has "
-                f"({listed(self.modalities)}); build the estimator with the same names in the same order"
-            ]
         endless = [name for name in ("beta", "sums", "counts") if not state[name].isfinite().all()]
         return [f"{name} is not finite" for name in endless]
 
