@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from passion_plugin.errors import raise_problems
+from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.state_checks import cpu_copies, entry_problems, key_problems, listed, shown
 from passion_plugin.strategies.base import Strategy
 
-__all__ = ["addon_state", "addon_state_problems", "load_addon_state"]
+__all__ = ["addon_state", "addon_state_problems", "beside_modules", "load_addon_state", "with_modules"]
 
 # 2 added the settings. To be raised whenever an entry or a setting is added, so that older releases say what to do.
 _FORMAT = 2
 _WITHOUT_SETTINGS = 1
+# Entries that are modules of the wrapper, which its state_dict() visits by itself.
+_MODULES = ("preference", "heads")
 
 
 def addon_state(modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> dict[str, Any]:
@@ -86,6 +90,48 @@ def load_addon_state(
     raise_problems(addon_state_problems(state, modalities, heads, strategy), what="add-on state")
     strategy.load_addon_entries(state)
     heads.load_state_dict(state["heads"])
+
+
+def beside_modules(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the ``state_dict()`` of a wrapper has to hold beside its modules.
+
+    Args:
+        state: what :func:`addon_state` returned.
+
+    Returns:
+        All of it but the modules. What a rule other than PASSION keeps is packed as bytes: a distributed checkpoint
+        takes mappings apart and restores only what the model it is loaded into has already, but a rule may fill a
+        mapping in its first step.
+    """
+    rest = {key: value for key, value in state.items() if key not in _MODULES}
+    if "strategy_state" in rest:
+        buffer = io.BytesIO()
+        torch.save(rest["strategy_state"], buffer)
+        rest["strategy_state"] = buffer.getvalue()
+    return rest
+
+
+def with_modules(rest: Any, own: Mapping[str, Any]) -> Any:
+    """Return an add-on state of what :func:`beside_modules` returned, unchecked, with the modules as they are.
+
+    Args:
+        rest: anything.
+        own: the state of the model as it is.
+
+    Raises:
+        ConfigError: the bytes cannot be read.
+    """
+    if not isinstance(rest, Mapping):
+        return rest
+    state = {**rest, **{key: value for key, value in own.items() if key in _MODULES}}
+    packed = state.get("strategy_state")
+    if isinstance(packed, bytes):
+        try:
+            state["strategy_state"] = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+        # Broken bytes may fail anywhere.
+        except Exception as error:
+            raise ConfigError(f"add-on state: strategy_state cannot be read ({type(error).__name__})") from error
+    return state
 
 
 def _entry_problems(state: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

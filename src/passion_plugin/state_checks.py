@@ -16,6 +16,7 @@ __all__ = ["cpu_copies", "entry_problems", "key_problems", "listed", "shown"]
 
 _LONGEST = 60
 _MOST = 6
+_LARGEST_COUNT = 1 << 53
 
 
 def cpu_copies(state: Any) -> Any:
@@ -39,7 +40,7 @@ def entry_problems(ours: Mapping[str, Any], theirs: Any) -> list[str]:
     Example:
         >>> import torch
         >>> entry_problems({"epoch": 0, "sums": torch.zeros(3)}, {"epoch": 1.5, "sums": torch.zeros(4), "more": 1})
-        ["unknown: 'more'", 'epoch is 1.5, need an integer, 0 or more', 'sums has shape (4,), need (3,)']
+        ["unknown: 'more'", 'epoch is 1.5, need a count', 'sums has shape (4,), need (3,)']
     """
     if not isinstance(theirs, Mapping):
         return [f"found {shown(theirs)}, need the entries {listed(ours)}"]
@@ -89,8 +90,8 @@ def _value_problems(key: str, ours: Any, theirs: Any) -> list[str]:
     if isinstance(ours, float):
         number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
         return [] if number else [f"{key} is {shown(theirs)}, need a number"]
-    count = type(theirs) is int and theirs >= 0
-    return [] if count else [f"{key} is {shown(theirs)}, need an integer, 0 or more"]
+    count = type(theirs) is int and 0 <= theirs < _LARGEST_COUNT
+    return [] if count else [f"{key} is {shown(theirs)}, need a count"]
 
 
 def _filled_problems(key: str, ours: Any, theirs: Any) -> list[str]:

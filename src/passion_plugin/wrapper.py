@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from passion_plugin.addon_state import beside_modules, with_modules
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.engine import Passion
@@ -17,9 +18,6 @@ from passion_plugin.preference import Preference
 from passion_plugin.strategies.base import Strategy
 
 __all__ = ["PassionWrapper"]
-
-# Entries of the add-on state that are modules of the wrapper, which state_dict() visits by itself.
-_MODULES = ("preference", "heads")
 
 
 class PassionWrapper(nn.Module):
@@ -179,7 +177,7 @@ class PassionWrapper(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what ``state_dict()`` holds beside the modules: names, settings and what another strategy keeps."""
-        return {key: value for key, value in self.addon_state_dict().items() if key not in _MODULES}
+        return beside_modules(self.addon_state_dict())
 
     def set_extra_state(self, state: Any) -> None:
         """Check and restore what :meth:`get_extra_state` returned; called before anything else is loaded.
@@ -187,8 +185,7 @@ class PassionWrapper(nn.Module):
         Raises:
             ConfigError: it is of another format, modalities, strategy or settings. Nothing was changed.
         """
-        modules = {key: value for key, value in self.addon_state_dict().items() if key in _MODULES}
-        self.load_addon_state_dict({**state, **modules} if isinstance(state, Mapping) else state)
+        self.load_addon_state_dict(with_modules(state, self.addon_state_dict()))
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
