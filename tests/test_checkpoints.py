@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import json
 import pickle
 import struct
 import sys
@@ -154,7 +153,7 @@ class TestFiles:
             pair = (1, 2)
 
         with pytest.raises(
-            ConfigError, match="cannot hold 'strategy_state/pair', a tuple: use a name that ends in .pt"
+            ConfigError, match=r"cannot hold 'strategy_state/pair', a tuple: use a name that ends in \.pt"
         ):
             save_addon(wrap(Odd()), tmp_path / "addon.safetensors")
         assert not list(tmp_path.iterdir())
@@ -186,6 +185,7 @@ class TestStrangers:
         def __reduce__(self) -> Any:
             return open, (str(self.path), "w")
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
     @pytest.mark.parametrize("how", ["torch.save", "pickle", "inside a state"])
     @pytest.mark.parametrize("suffix", SUFFIXES)
     def test_code_in_a_file_is_not_run(self, how: str, suffix: str, tmp_path: Path) -> None:
@@ -393,6 +393,24 @@ class TestMisfits:
         state, model = trained(saved).addon_state_dict(), wrap(here)
         assert message in refused(model, lambda: model.load_addon_state_dict(state))
 
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_a_file_with_other_settings_can_be_taken_over_on_purpose(self, suffix: str, tmp_path: Path) -> None:
+        saved, model, path = trained(eta=0.5), wrap(), tmp_path / f"addon.{suffix}"
+        save_addon(saved, path)
+        assert "eta: found 0.5, expected 0.01" in refused(model, lambda: load_addon(model, path))
+        state = read_addon(path)
+        model.load_addon_state_dict({**state, "settings": model.addon_state_dict()["settings"]})
+        assert_same(model.addon_state_dict()["preference"], saved.addon_state_dict()["preference"])
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+    @pytest.mark.parametrize("packed", [b"", b"PK nonsense", pickle.dumps(print)], ids=["empty", "text", "code"])
+    def test_a_whole_state_with_broken_bytes_is_refused(self, packed: bytes) -> None:
+        model = trained("agm")
+        state = model.state_dict()
+        state["_extra_state"]["strategy_state"] = packed
+        assert "strategy_state cannot be read" in refused(model, lambda: model.load_state_dict(state))
+        assert "not an add-on state" in refused(model, lambda: model.load_state_dict({**state, "_extra_state": 1}))
+
     def test_the_whole_state_of_another_model_changes_nothing(self) -> None:
         model = trained("agm")
         for other in (trained(), trained("pmr"), wrap("agm", names=(M[1], M[0], M[2]))):
@@ -464,10 +482,8 @@ class TestAverages:
             average.update_parameters(model)
             rate = 1.0 if step == 0 else 0.5  # The first call copies.
             expected = [old.lerp(p.detach(), rate) for old, p in zip(expected, model.parameters(), strict=True)]
-            if use_buffers:
-                expected_mean = expected_mean.lerp(statistic, rate)
-            else:
-                expected_mean = statistic.clone()
+            # torch copies what it does not average.
+            expected_mean = expected_mean.lerp(statistic, rate if use_buffers else 1.0)
         for found, wanted in zip(average.module.parameters(), expected, strict=True):
             torch.testing.assert_close(found.detach(), wanted)
         assert not torch.equal(average.module.classifier.weight, net.classifier.weight)
