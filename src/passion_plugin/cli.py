@@ -1,15 +1,17 @@
-"""The command line: ``inspect`` a model before it is wrapped, draw a ``split`` of who misses what.
+"""The command line: ``inspect`` a model before it is wrapped, draw a ``split`` of who misses what, ``report`` a run.
 
-Exit code 0; 1 when the model cannot be wrapped, which the report on standard output explains; 2 for usage errors,
-all of them at once on standard error.
+Exit code 0; 1 when the model cannot be wrapped, which the report on standard output explains, or when there is no run
+that could be reported; 2 for usage errors. Errors are on standard error, all of them at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -41,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # Names that the terminal cannot show are no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if arguments is None else [*arguments]
+    options = _parser().parse_args(words)
+    options.command = shlex.join(["python", "-m", "passion_plugin", *words])
     problems: list[str] = []
     code = 2
     try:
@@ -55,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m passion_plugin", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="inspect | split")
+    commands = parser.add_subparsers(required=True, metavar="inspect | split | report")
 
     look = commands.add_parser("inspect", help="report how a model can be wrapped", allow_abbrev=False)
     look.set_defaults(run=_inspect)
@@ -72,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", required=True, metavar="N", help="whole number, so that the draw can be repeated")
     draw.add_argument("--out", metavar="CSV", help="write the split file of the published code, for four modalities")
     draw.add_argument("--table", metavar="CSV", help="write a presence table: any modalities, with names and rates")
+
+    page = commands.add_parser("report", help="make one HTML file of a run", allow_abbrev=False)
+    page.set_defaults(run=_report)
+    page.add_argument("folder", metavar="RUN_DIR", help="folder with metrics.jsonl, results.csv and overlays/*.png")
+    page.add_argument("--out", metavar="HTML", help="the file to write (RUN_DIR/report.html)")
     return parser
 
 
@@ -91,11 +104,15 @@ def _inspect(options: argparse.Namespace, problems: list[str]) -> int:
         spec = preset(options.spec, model, names)
         known = {field.name: getattr(spec, field.name) for field in fields(spec)}
     kind = _MASKS[options.mask or "bool"]
-    device = next((parameter.device for parameter in model.parameters()), None)
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
     everything = 0 if known.get("mask_meaning") == "missing" else 1
-    mask = None if kind is None else torch.full((shape[0], len(names)), everything, dtype=kind, device=device)
-    images: Tensor = torch.randn(shape, device=device)
-    return 1 if inspect(model, images, mask, modalities=names, **known).problems else 0
+    mask = None if kind is None else torch.full((shape[0], len(names)), everything, dtype=kind, device=first.device)
+    images: Tensor = torch.randn(shape, device=first.device, dtype=first.dtype)
+    try:
+        return 1 if inspect(model, images, mask, modalities=names, **known).problems else 0
+    except SystemExit as error:
+        problems.append(f"model: it ended the program while it was run: {_reason(error)}")
+        return 1
 
 
 def _split(options: argparse.Namespace, problems: list[str]) -> int:
@@ -106,6 +123,15 @@ def _split(options: argparse.Namespace, problems: list[str]) -> int:
         if name in rates:
             problems.append(f"--rates: {name!r} is named more than once")
         rates[name] = _number(float, rate)
+    outputs = [path for path in (options.out, options.table) if path is not None]
+    # Before anything is written: both files or none.
+    problems += [
+        f"{path}: no file can be written there"
+        for path in outputs
+        if Path(path).is_dir() or not Path(path).parent.is_dir()
+    ]
+    if len({os.path.realpath(path) for path in (options.names, *outputs)}) < 1 + len(outputs):
+        problems.append("FILE, --out and --table name the same file: one would be written over the other")
     if options.out is not None and len(rates) != 4:
         problems.append(f"--out: the format is for four modalities, here are {len(rates)}; use --table for any number")
     try:
@@ -120,6 +146,21 @@ def _split(options: argparse.Namespace, problems: list[str]) -> int:
         write_split_csv(table, options.out)
     if options.table is not None:
         table.save(options.table)
+    return 0
+
+
+def _report(options: argparse.Namespace, problems: list[str]) -> int:
+    # Pictures are needed here only.
+    from passion_plugin.html_report import write_report
+
+    try:
+        path, run = write_report(options.folder, options.out, command=options.command)
+    except (PassionError, OSError, ImportError) as error:
+        problems.append(str(error))
+        return 1
+    for note in run.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(path)
     return 0
 
 

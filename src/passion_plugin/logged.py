@@ -1,13 +1,17 @@
-"""Numbers for loggers: one flat dict, whatever rule runs."""
+"""Numbers for loggers: one flat dict, whatever rule runs; and how such dicts are read again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from passion_plugin.balance import Preference
 
-__all__ = ["epoch_metrics", "flat"]
+__all__ = ["EPOCH_QUANTITIES", "by_modality", "epoch_metrics", "epoch_records", "flat"]
+
+EPOCH_QUANTITIES = ("beta", "relative_preference", "epoch_distance")
+"""What :func:`epoch_metrics` gives for each modality."""
 
 
 def flat(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -25,15 +29,57 @@ def flat(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def epoch_metrics(report: Preference) -> dict[str, float]:
-    """Return what is logged of an epoch that ended: ``epoch``, ``beta/…`` and ``relative_preference/…``.
+def by_modality(metrics: Mapping[str, Any], quantity: str) -> dict[str, float]:
+    """Return one quantity of a flat dict by modality, without what is no finite number.
 
-    The relative preference of a modality whose distance was not measured is left out.
+    Example:
+        >>> by_modality({"epoch": 3.0, "beta/flair": 0.5, "beta/t1": None}, "beta")
+        {'flair': 0.5}
+    """
+    start = f"{quantity}/"
+    found = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def epoch_metrics(report: Preference) -> dict[str, float]:
+    """Return what is logged of an epoch that ended: ``epoch`` and, by modality, :data:`EPOCH_QUANTITIES`.
+
+    The relative preference and the distance of a modality that was not measured are left out.
     """
     rows = report.as_dict()
     measured = {name: row for name, row in rows.items() if not math.isnan(row["distance"])}
     by_name = {
         "beta": {name: row["beta"] for name, row in rows.items()},
         "relative_preference": {name: row["relative_preference"] for name, row in measured.items()},
+        "epoch_distance": {name: row["distance"] for name, row in measured.items()},
     }
     return {"epoch": float(report.epoch), **flat(by_name)}
+
+
+def epoch_records(history: Iterable[Preference | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record for each epoch of a log, in order.
+
+    ``metrics()`` repeats the last epoch at every step, and a resumed training logs some epochs once more. The last
+    record of an epoch counts; where the number of the epoch goes back, what was logged from there on belongs to the
+    attempt that was given up, and is left out. So are records from before the end of the first epoch.
+
+    Args:
+        history: what ``end_epoch()`` returned, or what ``metrics()`` did.
+
+    Returns:
+        Flat dicts with an ``"epoch"``, which rises.
+
+    Example:
+        >>> epoch_records([{"pixel/t1": 0.5}, {"epoch": 0.0}, {"epoch": 1.0}, {"epoch": 0.0, "beta/t1": 0.9}])
+        [{'epoch': 0.0, 'beta/t1': 0.9}]
+    """
+    kept: list[dict[str, Any]] = []
+    for entry in history:
+        record = epoch_metrics(entry) if isinstance(entry, Preference) else dict(entry)
+        epoch = record.get("epoch")
+        if epoch is None or not math.isfinite(epoch):
+            continue
+        while kept and kept[-1]["epoch"] >= epoch:
+            kept.pop()
+        kept.append(record)
+    return kept

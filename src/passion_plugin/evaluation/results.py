@@ -115,7 +115,7 @@ class SubsetResults:
         Raises:
             ConfigError: a name does not exist.
         """
-        metric = self._pick("metric", metric, self.metrics)[0]
+        metric = self.metric_name(metric)
         cells = [
             self._cells.get((metric, subset, target), {})
             for subset in self._pick("subset", subsets, self.subsets)
@@ -237,7 +237,15 @@ class SubsetResults:
         Returns:
             Markdown that ends with a newline; Dice in percent, HD95 in its unit.
         """
-        return report.markdown(self, by, self._pick("metric", metric, self.metrics)[0], digits=digits, sd=sd)
+        return report.markdown(self, by, self.metric_name(metric), digits=digits, sd=sd)
+
+    def metric_name(self, metric: str | None = None) -> str:
+        """Return the name of a metric that is there; None gives the first.
+
+        Raises:
+            ConfigError: it does not exist.
+        """
+        return self._pick("metric", metric, self.metrics)[0]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write all rows with their conventions, numbers in full, one ``has_`` column per modality."""
@@ -265,7 +273,12 @@ class SubsetResults:
         Raises:
             ImportError: matplotlib is not installed (the ``plot`` extra).
         """
-        return report.heat_map(self, self._pick("metric", metric, self.metrics)[0], path)
+        from passion_plugin.plot import plot_subsets
+
+        figure = plot_subsets(self, metric=metric)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
 
     @cached_property
     def _cells(self) -> dict[tuple[str, str, str], dict[str, float]]:
