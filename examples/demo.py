@@ -5,8 +5,9 @@
 
 Both runs see the same initial weights, batches and hyper-parameters. What a training patient lacks is really
 removed; the test patients are complete and are shown to the network subset by subset. The folder ``--out``
-gets ``table.md``, ``results.csv`` (summary), ``plain.csv`` and ``passion.csv`` (every score), ``run.json``
-and the pictures ``preference.png``, ``heatmap.png`` and ``overlays.png``.
+gets ``table.md`` and ``summary.csv``, the pictures ``preference.png``, ``heatmap.png`` and ``overlays.png``, and what a
+run consists of (``metrics.jsonl``, ``results-plain.csv`` and ``results-PASSION.csv`` with every score, ``overlays/``,
+``run.json``, see docs/pictures.md) with the page made of it, ``report.html``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from passion_plugin import (
     draw_presence,
 )
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
+from passion_plugin.html_report import write_report
+from passion_plugin.plot import plot_preference
+from passion_plugin.runs import RunLog
 
 __all__ = ["Run", "compare", "main", "parse", "run", "table", "write"]
 
@@ -59,7 +63,9 @@ class Run:
     seconds: float
 
 
-def run(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, *, passion: bool) -> Run:
+def run(
+    cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, *, passion: bool, log: RunLog | None = None
+) -> Run:
     """Train and evaluate once; all random numbers come from ``options.seed``, the same for both runs."""
     torch.manual_seed(options.seed)
     model = BACKBONES[options.backbone](cohort.modalities, cohort.num_classes)
@@ -85,6 +91,7 @@ def run(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, *,
         wrap=wrap if passion else None,
         lr=options.lr,
         name=name,
+        log=log,
     )
     seconds = time.perf_counter() - start
     if isinstance(model, RFNetLike):
@@ -135,10 +142,12 @@ def table(plain: SubsetResults, passion: SubsetResults) -> tuple[str, list[dict[
 
 def compare(cohort: Cohort, options: argparse.Namespace) -> dict[str, Run]:
     """Both runs, and everything that ``options.out`` is to hold."""
+    # Files of an earlier demo in the same folder are replaced, not added to.
+    Path(options.out, "metrics.jsonl").unlink(missing_ok=True)
     presence = draw_presence(cohort.train.ids, cohort.missing_rates, seed=options.seed, modalities=cohort.modalities)
     runs = {
         "plain": run(cohort, presence, options, passion=False),
-        "PASSION": run(cohort, presence, options, passion=True),
+        "PASSION": run(cohort, presence, options, passion=True, log=RunLog(options.out)),
     }
     write(cohort, presence, options, runs)
     return runs
@@ -161,12 +170,14 @@ def write(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, 
     )
     details = "".join(f"\n## {name}\n\n{each.results.to_markdown(digits=1)}" for name, each in runs.items())
     (out / "table.md").write_text(f"{caption}\n\n{text}{details}", encoding="utf-8")
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with (out / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
         writer.writerows(records)
-    plain.results.to_csv(out / "plain.csv")
-    passion.results.to_csv(out / "passion.csv")
+    (out / "overlays").mkdir(exist_ok=True)
+    for name, each in runs.items():
+        each.results.to_csv(out / f"results-{name}.csv")
+        figures.all_predictions(each.model, cohort, out / "overlays" / f"{name}.png")
     facts = {
         "options": {**vars(options), "out": str(out)},
         "config": asdict(PassionConfig(**dict(options.config))),
@@ -176,10 +187,12 @@ def write(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, 
         "threads": torch.get_num_threads(),
     }
     (out / "run.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    figures.preference_curves(passion.history, real, out / "preference.png")
+    if passion.history:
+        plot_preference(passion.history, missing_rates=real).savefig(out / "preference.png", dpi=150)
     figures.heat_maps(plain.results, passion.results, out / "heatmap.png", credit=cohort.credit)
     figures.overlays({name: each.model for name, each in runs.items()}, cohort, out / "overlays.png")
-    print(f"\n{caption}\n\n{text}\nTables and pictures are in {out}/")
+    page, _ = write_report(out, command="python -m examples.demo")
+    print(f"\n{caption}\n\n{text}\nTables and pictures are in {out}/, all of it on one page in {page}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -74,6 +74,7 @@ def train(
     task: str = "wce+dice",
     name: str = "plain",
     quiet: bool = False,
+    log: Callable[[dict[str, float], int], None] | None = None,
 ) -> list[Preference]:
     """An ordinary training loop; the three places that know of PASSION are numbered.
 
@@ -88,6 +89,7 @@ def train(
         task: see :func:`criterion`.
         name: for the progress bar.
         quiet: no progress bar.
+        log: called with ``metrics()`` and the step after every epoch.
 
     Returns:
         The preference after every epoch, empty without ``wrap``.
@@ -117,6 +119,8 @@ def train(
             schedule.step()
             if passion and (step % steps_per_epoch == 0 or step == steps):
                 history.append(passion.end_epoch())  # 3: update the preference
+                if log:
+                    log(passion.metrics(), step)
             if step % 10 == 0 or step == steps:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if not math.isfinite(loss.item()):

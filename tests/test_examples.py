@@ -256,12 +256,20 @@ def runs(folder: Path) -> dict[str, demo.Run]:
 class TestDemo:
     def test_it_leaves_every_file(self, runs: dict[str, demo.Run], folder: Path) -> None:
         expected = {
-            *("table.md", "results.csv", "plain.csv", "passion.csv", "run.json"),
-            *("preference.png", "heatmap.png", "overlays.png"),
+            *("table.md", "summary.csv", "results-plain.csv", "results-PASSION.csv", "run.json", "metrics.jsonl"),
+            *("preference.png", "heatmap.png", "overlays.png", "overlays", "report.html"),
         }
         assert {path.name for path in folder.iterdir()} == expected
-        for path in folder.glob("*.png"):
+        pictures = sorted(folder.rglob("*.png"))
+        assert [path.name for path in pictures if path.parent != folder] == ["PASSION.png", "plain.png"]
+        for path in pictures:
             assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_what_was_logged_is_what_the_epochs_said(self, runs: dict[str, demo.Run], folder: Path) -> None:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [record["epoch"] for record in records] == [0, 1]
+        for record, report in zip(records, runs["PASSION"].history, strict=True):
+            assert [record[f"beta/{name}"] for name in report.modalities] == report.beta.tolist()
 
     def test_the_table_has_every_subset_and_both_runs(self, runs: dict[str, demo.Run], folder: Path) -> None:
         text = (folder / "table.md").read_text()
@@ -275,7 +283,7 @@ class TestDemo:
         ]
 
     def test_the_summary_is_the_difference_of_the_scores(self, runs: dict[str, demo.Run], folder: Path) -> None:
-        with (folder / "results.csv").open() as file:
+        with (folder / "summary.csv").open() as file:
             rows = {(row["subset"], row["target"]): row for row in csv.DictReader(file)}
         plain, passion = runs["plain"].results, runs["PASSION"].results
         row = rows["flair+t2", "WT"]

@@ -19,13 +19,16 @@ from examples.experiment.comparison import Comparison, rarest
 from examples.experiment.stats import by_patient, patient_means
 from examples.experiment.store import Store
 from examples.experiment.views import predict_whole
+from passion_plugin.plot.canvas import COLOURS, new_figure
+from passion_plugin.plot.grids import draw_grid, tilt_columns
+from passion_plugin.plot.overlay import best_slice, draw_case, label_legend
 
 __all__ = ["PLOTS", "overlays"]
 
 
 def gain_by_rate(of: Comparison, path: Path) -> None:
     """Gain on every modality alone against its missing rate, with 95 % intervals over patients."""
-    figure = figures.new_figure(figsize=(4.2 * len(of.groups), 3.4))
+    figure = new_figure(figsize=(4.2 * len(of.groups), 3.4))
     rows = figure.subplots(1, len(of.groups), sharey=True, squeeze=False)[0]
     for axes, group in zip(rows, of.groups, strict=True):
         for m, name in enumerate(of.study.modalities):
@@ -42,9 +45,7 @@ def gain_by_rate(of: Comparison, path: Path) -> None:
             mean, low, high = (100 * np.array([gain[i] for gain in found.values()]) for i in range(3))
             # Beside each other, where several modalities share a rate.
             at = np.array(list(found)) + 0.008 * (m - (len(of.study.modalities) - 1) / 2)
-            axes.errorbar(
-                at, mean, [mean - low, high - mean], marker="o", capsize=3, color=figures.COLOURS[m], label=name
-            )
+            axes.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, color=COLOURS[m], label=name)
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set(xlabel="missing rate in training", title=of.label(group))
     rows[0].set_ylabel(f"Dice, {of.focus} − {of.baseline} (points)")
@@ -59,18 +60,16 @@ def heat_map(of: Comparison, path: Path) -> None:
         group: [name for name in of.strategies if of.scores().level(name, of.within(group))] for group in of.groups
     }
     heights = [len(names) + 2 for names in present.values()]
-    figure = figures.new_figure(figsize=(3.5 + 0.5 * len(of.subsets), 1 + 0.24 * sum(heights)))
+    figure = new_figure(figsize=(3.5 + 0.5 * len(of.subsets), 1 + 0.24 * sum(heights)))
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (group, names) in zip(panels, present.items(), strict=True):
         grid = np.array([[100 * _level(of, group, subset, name) for subset in of.subsets] for name in names])
-        known = grid[np.isfinite(grid)]
-        axes.imshow(grid, aspect="auto", cmap="viridis", vmin=known.min(), vmax=known.max())
-        for (i, j), value in np.ndenumerate(grid):
-            pale = value > known.min() + 0.6 * np.ptp(known)
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="black" if pale else "white")
         # The hyper-parameters of a strategy get a line of their own.
-        axes.set_yticks(range(len(names)), [name.replace(":", ":\n") for name in names], fontsize=7)
-        axes.set_xticks(range(len(of.subsets)), of.subsets, rotation=45, ha="right", fontsize=8)
+        rows = [name.replace(":", ":\n") for name in names]
+        draw_grid(axes, grid, rows=rows, columns=of.subsets, form=".0f", fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(axis="x", labelsize=8)
+        tilt_columns(axes)
         axes.set_title(f"{of.label(group)}, Dice (%)", fontsize=9)
     figures.foot(figure, of.study.credit)
     figure.savefig(path, dpi=110)
@@ -79,7 +78,7 @@ def heat_map(of: Comparison, path: Path) -> None:
 def preference(of: Comparison, path: Path) -> None:
     """Relative preference and beta of the focus by epoch: mean and range over trainings, by missing rate."""
     several = len({cell.assignment for cell in of.cells}) > 1
-    figure = figures.new_figure(figsize=(8, 3 * len(of.groups)))
+    figure = new_figure(figsize=(8, 3 * len(of.groups)))
     for line, group in zip(figure.subplots(len(of.groups), 2, squeeze=False), of.groups, strict=True):
         curves: dict[tuple[float, str], list[list[list[float]]]] = {}
         for cell, record in zip(of.cells, of.records, strict=True):
@@ -93,7 +92,7 @@ def preference(of: Comparison, path: Path) -> None:
             for axes, what in ((line[1], 1), (line[0], 2)):
                 # Folds of different sizes have epochs of different lengths.
                 values = np.array([np.interp(found[0][0], each[0], each[what]) for each in found])
-                style = {"color": figures.COLOURS[k % len(figures.COLOURS)]}
+                style = {"color": COLOURS[k % len(COLOURS)]}
                 axes.plot(found[0][0], values.mean(0), label=f"{name}missing in {rate:.0%}", **style)
                 axes.fill_between(found[0][0], values.min(0), values.max(0), alpha=0.15, linewidth=0, **style)
         for axes, what, neutral in ((line[0], "relative preference", 0), (line[1], "beta", 1)):
@@ -142,7 +141,7 @@ def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], p
         return False
     chosen = {"worst": min(changes, key=lambda u: changes[u]), "best": max(changes, key=lambda u: changes[u])}
     columns = ["image", "truth", of.baseline, of.focus]
-    figure = figures.new_figure(figsize=(2.1 * len(columns), 8.4))
+    figure = new_figure(figsize=(2.1 * len(columns), 8.4))
     grid = figure.subplots(4, len(columns), squeeze=False)
     for row, (title, unit) in enumerate(chosen.items()):
         cohort = cohort_of(unit[0])
@@ -151,20 +150,16 @@ def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], p
         pair = pairs[unit[0]]
         rare = max(pair[0].rates, key=lambda name: pair[0].rates[name])
         alone = torch.tensor([name == rare for name in cohort.modalities])
-        z = int(item["label"].flatten(1).gt(0).sum(dim=1).argmax())
-        background = figures.on_black(item["image"][cohort.modalities.index(rare)][z])
+        z = best_slice(item["label"])
+        background = item["image"][cohort.modalities.index(rare)][z]
         for line, what, mask in zip(grid[2 * row : 2 * row + 2], (rare, "all"), (alone, alone | True), strict=True):
             labels = [_segmented(of, store, cohort, cell, item["image"], mask) for cell in pair]
             for axes, shown in zip(line, (None, item["label"], *labels), strict=True):
-                axes.imshow(background, cmap="gray")
-                if shown is not None:
-                    axes.imshow(figures.paint(shown[z], cohort.num_classes), interpolation="nearest")
-                axes.set_xticks([])
-                axes.set_yticks([])
+                draw_case(axes, background, None if shown is None else shown[z])
             line[0].set_ylabel(f"{title} ({100 * changes[unit]:+.0f}): {unit[1]}\nfrom {what}", fontsize=8)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=10)
-    figures.label_legend(figure, of.study.classes)
+    label_legend(figure, dict(enumerate(of.study.classes)))
     figures.foot(figure, of.study.credit)
     figure.savefig(path, dpi=90)
     return True

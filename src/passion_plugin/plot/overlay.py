@@ -108,11 +108,11 @@ def paint(label: Tensor) -> NDArray[Any]:
 
 
 def label_legend(figure: Figure, classes: Mapping[int, str]) -> None:
-    """Add a legend that gives the colours of labels, by number, their names."""
+    """Add a legend that gives the colours of labels, by number, their names; 0 has no colour."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=(COLOURS[k % len(COLOURS)], 0.6)) for k in classes]
-    names = [literal(name) for name in classes.values()]
+    handles = [Patch(facecolor=(COLOURS[k % len(COLOURS)], 0.6)) for k in classes if k]
+    names = [literal(name) for k, name in classes.items() if k]
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(handles), 4), fontsize=8)
 
 
