@@ -62,6 +62,8 @@ def test_an_epoch_keeps_every_weight_and_the_preferences_that_were_measured() ->
         "beta/t1": 1.5,
         "relative_preference/flair": 0.25,
         "relative_preference/t1": -0.25,
+        "epoch_distance/flair": 3.0,
+        "epoch_distance/t1": 5.0,
     }
 
 
@@ -92,7 +94,8 @@ def test_the_last_epoch_stays_until_the_next_one_ends() -> None:
     for name in M:
         assert metrics[f"beta/{name}"] == first.as_dict()[name]["beta"]
     assert metrics["relative_preference/flair"] == first.as_dict()["flair"]["relative_preference"] != 0
-    assert "relative_preference/t1" not in metrics
+    assert metrics["epoch_distance/flair"] == first.as_dict()["flair"]["distance"] > 0
+    assert not {"relative_preference/t1", "epoch_distance/t1"} & metrics.keys()
     assert metrics["pixel/flair"] == pytest.approx(model.loss_terms().means()["pixel"]["flair"])
     step(model, MIXED, seed=1)
     later = model.metrics()
@@ -128,8 +131,8 @@ def test_a_rule_gives_its_last_factors_and_their_means() -> None:
         ("ogm-ge", {"factor"}, set()),
         ("agm", {"factor"}, set()),
         ("pmr", {"factor"}, set()),
-        ("redcore", set(), {"relative_preference"}),
-        ("passion-pixel", set(TERMS), {"relative_preference"}),
+        ("redcore", set(), {"relative_preference", "epoch_distance"}),
+        ("passion-pixel", set(TERMS), {"relative_preference", "epoch_distance"}),
     ],
 )
 def test_every_rule_logs_what_it_has(rule: str, of_step: set[str], of_epoch: set[str]) -> None:

@@ -236,7 +236,7 @@ class Passion:
               ``unimodal`` (see :class:`LossTerms`) and ``gate``, the fraction of open gates;
             * last step of a strategy that scales encoders or terms: ``factor``;
             * last epoch that ended since the model was made: ``beta`` (for such a strategy its mean factor, 1 where
-              it had none), ``relative_preference`` where something was measured, and ``epoch``, from 0.
+              it had none), ``relative_preference`` and ``epoch_distance`` where measured, and ``epoch``, from 0.
         """
         last = {} if self._last_epoch is None else epoch_metrics(self._last_epoch)
         return {**self.strategy.step_metrics(), **last}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +48,8 @@ def plot_subsets(results: SubsetResults | Mapping[str, SubsetResults], *, metric
         ]
         for subset in results.subsets
     ]
-    figure = new_figure(figsize=(3.2 + 0.9 * len(results.targets), 1.0 + 0.32 * len(results.subsets)))
+    size = (1.8 + _inches(results.subsets) + 0.9 * len(results.targets), 1.0 + 0.32 * len(results.subsets))
+    figure = new_figure(figsize=size)
     axes = figure.subplots()
     image = draw_grid(axes, values, rows=results.subsets, columns=results.targets, **_look(results, metric))
     axes.set_title(literal(title(results, metric)).replace(" in ", "\nin "), fontsize=10)
@@ -136,7 +137,9 @@ def _runs_by_subsets(runs: Mapping[str, SubsetResults], metric: str | None) -> F
         ]
         for each in runs.values()
     ]
-    figure = new_figure(figsize=(3.2 + 0.55 * len(subsets), 1.8 + 0.32 * len(runs)))
+    # Names at 45 degrees are seven tenths as high as they are long.
+    size = (1.8 + _inches(runs) + 0.55 * len(subsets), 1.2 + 0.7 * _inches(subsets) + 0.32 * len(runs))
+    figure = new_figure(figsize=size)
     axes = figure.subplots()
     image = draw_grid(axes, values, rows=list(runs), columns=subsets, **_look(first, metric))
     tilt_columns(axes)
@@ -145,6 +148,11 @@ def _runs_by_subsets(runs: Mapping[str, SubsetResults], metric: str | None) -> F
     axes.set_xlabel("modalities shown")
     figure.colorbar(image, ax=axes)
     return figure
+
+
+def _inches(names: Iterable[str]) -> float:
+    """About how long the longest name is, as it is printed beside an axis."""
+    return 0.085 * max(map(len, names))
 
 
 def _look(results: SubsetResults, metric: str) -> dict[str, Any]:

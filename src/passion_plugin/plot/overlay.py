@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,9 @@ def plot_overlay(
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (name, segmentation), m in zip(grid, segmentations.items(), shown, strict=False):
         draw_case(axes, picture[m], segmentation)
-        axes.set_title(literal(name), fontsize=8)
+        # In lines that are no longer than a panel is wide.
+        title = textwrap.fill(name.replace("+", "+ "), 28).replace("+ ", "+")
+        axes.set_title(literal(title), fontsize=8)
     for axes in grid[len(segmentations) :]:
         axes.set_axis_off()
     found = sorted({int(k) for each in segmentations.values() for k in each.unique() if k > 0})
