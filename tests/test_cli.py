@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -274,3 +276,77 @@ def test_python_m_runs_it(tmp_path: Path) -> None:
     failed = subprocess.run(command[:-1], **how)
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_images_are_of_the_precision_of_the_model(run: Run, tmp_path: Path, dtype: str) -> None:
+    (tmp_path / f"cli_{dtype}.py").write_text(
+        f"import torch, cli_nets\nbuild = lambda: cli_nets.Net().to(torch.{dtype})"
+    )
+    code, report, _ = run("inspect", f"cli_{dtype}:build", "--input", "2,2,8,8")
+    assert code == 0, report
+
+
+def test_a_model_that_ends_the_program_is_no_success(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "cli_exits.py").write_text("import cli_nets\nclass Net(cli_nets.Net):\n def forward(self, *_): exit()")
+    code, _, errors = run("inspect", "cli_exits:Net", "--input", "2,2,8,8")
+    assert (code, len(errors)) == (1, 1)
+    assert "error: model: it ended the program while it was run: SystemExit" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--out", "names.txt"), ("--table", "./names.txt"), ("--out", "same.csv", "--table", "same.csv")],
+    ids=["out", "table", "both"],
+)
+def test_no_file_is_written_over_another(run: Run, words: tuple[str, ...]) -> None:
+    before = Path("names.txt").read_text()
+    code, report, errors = run("split", "names.txt", "--rates", RATES, "--seed", "0", *words)
+    assert (code, report, len(errors)) == (2, "", 1)
+    assert "name the same file" in errors[0]
+    assert Path("names.txt").read_text() == before
+    assert not Path("same.csv").exists()
+
+
+def test_where_one_file_cannot_be_written_neither_is(run: Run) -> None:
+    words = ("split", "names.txt", "--rates", RATES, "--seed", "0", "--out", "split.csv")
+    for table in ("nowhere/table.csv", "."):
+        code, report, errors = run(*words, "--table", table)
+        assert (code, report, errors) == (2, "", [f"error: {table}: no file can be written there"])
+    assert not Path("split.csv").exists()
+
+
+def test_a_terminal_that_cannot_show_a_name_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "passion_plugin", "split", "--rates", "ä=0,b=.5", "--seed", "0", "-"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    environment |= {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, input=b"a\nb\n", cwd=tmp_path, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\\x") >= 1
+
+
+def test_the_page_shows_what_the_commands_say(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    network, log = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "my_networks.py").write_text(network)
+    (tmp_path / "names.txt").write_text("".join(f"case_{number:03d}\n" for number in range(1, 11)))
+    exec(log, {})
+    codes = []
+    for block in re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL):
+        said: list[str] = []
+        shown = [line for line in block.splitlines() if not line.startswith("$ ")]
+        for command in re.findall(r"^\$ (.*)$", block, flags=re.MULTILINE):
+            if command.startswith("python -m passion_plugin "):
+                code, out, errors = run(*shlex.split(command)[3:])
+                said += [*out.splitlines(), *errors]
+                codes.append(code)
+            elif command == "echo $?":
+                said.append(str(codes[-1]))
+            else:
+                subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        # How large an effect is differs with the build of torch.
+        assert [re.sub(r"\d\.\de[+-]\d\d", "#", line) for line in said] == [
+            re.sub(r"\d\.\de[+-]\d\d", "#", line) for line in shown
+        ]
+    assert codes == [0, 1, 2, 0, 2, 0, 1, 1]

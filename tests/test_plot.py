@@ -107,7 +107,7 @@ class TestCurves:
 def test_epochs_that_come_again_replace_the_attempt_that_was_given_up() -> None:
     log: list[dict[str, Any]] = [{"step": 1}, {"epoch": None}]
     log += [{"epoch": float(epoch), "beta/ct": 1.0 + epoch} for epoch in (0, 0, 1, 2, 3)]
-    log += [{"epoch": 1.0, "beta/ct": 7.0}, {"epoch": 2.0, "beta/ct": 8.0}]
+    log += [{"epoch": 1.0, "beta/ct": 7.0}, {"epoch": 2.0, "beta/ct": 8.0}, {"epoch": 2.0, "validation": 0.5}]
     assert [(record["epoch"], record["beta/ct"]) for record in epoch_records(log)] == [(0, 1), (1, 7), (2, 8)]
 
 

@@ -191,7 +191,7 @@ class TestPartialRuns:
     def test_of_a_run_in_its_first_epoch_there_is_a_note(self, tmp_path: Path) -> None:
         RunLog(tmp_path)({"pixel/ct": 0.5}, step=1)
         page = Page(write_report(tmp_path)[0])
-        assert "No epoch has ended yet." in page.text
+        assert "No epoch has ended yet" in page.text
         assert "There is no results.csv" in page.text
         assert page.images() == {}
 

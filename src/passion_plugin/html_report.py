@@ -115,7 +115,7 @@ def _epochs(run: Run, notes: list[str]) -> list[str]:
     epochs = epoch_records(run.records)
     parts: list[str] = []
     if run.records and not epochs:
-        notes.append("No epoch has ended yet.")
+        notes.append("No epoch has ended yet: metrics.jsonl has no weights of modalities.")
     for title, draw, quantities in (
         ("Preference", plot_preference, ("relative_preference", "beta")),
         ("Distance to the fused prediction", plot_distances, ("epoch_distance",)),

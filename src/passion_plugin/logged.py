@@ -8,7 +8,7 @@ from typing import Any
 
 from passion_plugin.balance import Preference
 
-__all__ = ["EPOCH_QUANTITIES", "by_modality", "epoch_metrics", "epoch_records", "flat"]
+__all__ = ["EPOCH_QUANTITIES", "by_modality", "epoch_metrics", "epoch_records", "flat", "is_of_an_epoch"]
 
 EPOCH_QUANTITIES = ("beta", "relative_preference", "epoch_distance")
 """What :func:`epoch_metrics` gives for each modality."""
@@ -41,6 +41,11 @@ def by_modality(metrics: Mapping[str, Any], quantity: str) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
+def is_of_an_epoch(key: str) -> bool:
+    """Whether a key of a flat dict is one of :data:`EPOCH_QUANTITIES` of a modality."""
+    return key.partition("/")[0] in EPOCH_QUANTITIES
+
+
 def epoch_metrics(report: Preference) -> dict[str, float]:
     """Return what is logged of an epoch that ended: ``epoch`` and, by modality, :data:`EPOCH_QUANTITIES`.
 
@@ -61,7 +66,8 @@ def epoch_records(history: Iterable[Preference | Mapping[str, Any]]) -> list[dic
 
     ``metrics()`` repeats the last epoch at every step, and a resumed training logs some epochs once more. The last
     record of an epoch counts; where the number of the epoch goes back, what was logged from there on belongs to the
-    attempt that was given up, and is left out. So are records from before the end of the first epoch.
+    attempt that was given up, and is left out. So are records that say nothing about an epoch's modalities: from before
+    the end of the first one, or other numbers in the same log.
 
     Args:
         history: what ``end_epoch()`` returned, or what ``metrics()`` did.
@@ -70,14 +76,14 @@ def epoch_records(history: Iterable[Preference | Mapping[str, Any]]) -> list[dic
         Flat dicts with an ``"epoch"``, which rises.
 
     Example:
-        >>> epoch_records([{"pixel/t1": 0.5}, {"epoch": 0.0}, {"epoch": 1.0}, {"epoch": 0.0, "beta/t1": 0.9}])
-        [{'epoch': 0.0, 'beta/t1': 0.9}]
+        >>> epoch_records([{"pixel/t1": 0.5}, *({"epoch": e, "beta/t1": 1 + e} for e in (0, 1, 2, 1))])
+        [{'epoch': 0, 'beta/t1': 1}, {'epoch': 1, 'beta/t1': 2}]
     """
     kept: list[dict[str, Any]] = []
     for entry in history:
         record = epoch_metrics(entry) if isinstance(entry, Preference) else dict(entry)
         epoch = record.get("epoch")
-        if epoch is None or not math.isfinite(epoch):
+        if epoch is None or not math.isfinite(epoch) or not any(is_of_an_epoch(key) for key in record):
             continue
         while kept and kept[-1]["epoch"] >= epoch:
             kept.pop()

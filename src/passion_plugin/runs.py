@@ -22,7 +22,7 @@ from typing import Any
 
 from passion_plugin.errors import ConfigError, InputError, PassionError, PassionWarning, raise_problems
 from passion_plugin.evaluation import SubsetResults
-from passion_plugin.logged import EPOCH_QUANTITIES
+from passion_plugin.logged import is_of_an_epoch
 
 __all__ = ["Run", "RunLog", "read_run"]
 
@@ -161,18 +161,15 @@ def _records(path: Path, problems: list[str], notes: list[str]) -> list[dict[str
         if problem and number == len(lines):
             notes.append(f"{METRICS}, line {number}: never finished, left out.")
             continue
-        odd = [key for key, value in record.items() if _is_read(key) and not isinstance(value, float | None)]
+        # What else is logged may be of any kind.
+        read = {key: value for key, value in record.items() if key == "epoch" or is_of_an_epoch(key)}
+        odd = [key for key, value in read.items() if not isinstance(value, float | None)]
         if odd and not problem:
             problem = f"{odd[0]!r} is {record[odd[0]]!r:.40}, not a number"
         if problem:
             problems.append(f"{METRICS}, line {number}: {problem}")
         records.append(record)
     return records
-
-
-def _is_read(key: str) -> bool:
-    """Whether a report makes use of a number; what else is logged may be of any kind."""
-    return key == "epoch" or key.partition("/")[0] in EPOCH_QUANTITIES
 
 
 def _json_object(text: bytes, parse_int: Callable[[str], float] = int) -> tuple[dict[str, Any], str]:
