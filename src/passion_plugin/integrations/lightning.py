@@ -1,0 +1,90 @@
+"""A Lightning callback: the end of the epoch, logging, and the state of the add-on in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from passion_plugin.evaluation._optional import require
+from passion_plugin.integrations.find import find_engine
+from passion_plugin.integrations.logging import log_metrics
+
+__all__ = ["PassionCallback"]
+
+Callback: Any = require("lightning.pytorch", extra="lightning", purpose="PassionCallback").Callback
+
+
+class PassionCallback(Callback):
+    """Everything but the loss: that is one line of your ``training_step``.
+
+    * ``end_epoch()`` once per training epoch, before checkpoints of that epoch are saved; never in sanity checks,
+      validation or test;
+    * :meth:`~passion_plugin.Passion.metrics` every ``Trainer(log_every_n_steps=...)`` optimizer steps to the loggers,
+      and at the end of the epoch through ``log_dict``, so that other callbacks can monitor them;
+    * the state of the add-on, in the callback's part of the checkpoint, and back from there with ``ckpt_path=``.
+
+    Args:
+        model: the :class:`~passion_plugin.PassionWrapper` or :class:`~passion_plugin.Passion` to look after; None finds
+            the one in the LightningModule when ``fit`` starts. With several, use one callback for each.
+        prefix: put before each name; different for each of several callbacks.
+
+    Raises:
+        UsageError: there is no wrapper or there are several; without ``model`` when ``fit`` starts.
+    """
+
+    def __init__(self, model: Any = None, *, prefix: str = "passion/") -> None:
+        super().__init__()
+        self.prefix = prefix
+        self._given = None if model is None else find_engine(model)
+        self._passion = self._given
+        self._open_epoch: int | None = None
+        self._restored: Mapping[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint keeps the state."""
+        key: str = self._generate_state_key(prefix=self.prefix)
+        return key
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the engine."""
+        self._passion = self._given or find_engine(pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put a restored state back; here, because a checkpoint may be read before the engine is known."""
+        if self._restored is not None:
+            self._passion.load_state_dict(self._restored)
+            self._restored = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note which epoch is measured."""
+        if self._open_epoch not in (None, trainer.current_epoch):
+            # Resumed from a checkpoint of the last batch: Lightning goes on without ending that epoch.
+            self._passion.end_epoch()
+        self._open_epoch = trainer.current_epoch
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Log the last micro-batch, under the number that Lightning gives this step."""
+        if trainer.loggers and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:
+                log_metrics(self._passion, logger.log_metrics, trainer.global_step, prefix=self.prefix)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """End the epoch, and log what it gave."""
+        if self._open_epoch is None:
+            # Resumed from a checkpoint of the end of an epoch: Lightning calls this hook again.
+            return
+        self._passion.end_epoch()
+        self._open_epoch = None
+        log_metrics(self._passion, pl_module.log_dict, prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the add-on and of the running epoch; empty before the first ``fit``."""
+        if self._passion is None:
+            return {}
+        return {"open_epoch": self._open_epoch, "addon": self._passion.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; it acts when training starts."""
+        if state_dict:
+            self._open_epoch, self._restored = state_dict["open_epoch"], state_dict["addon"]

@@ -1,0 +1,40 @@
+"""A TensorBoard writer as something that takes a dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from passion_plugin.evaluation._optional import require
+
+__all__ = ["TensorBoardLog"]
+
+
+class TensorBoardLog:
+    """One scalar per entry; for :func:`~passion_plugin.integrations.logging.log_metrics` and what builds on it.
+
+    Args:
+        writer: a folder, or a ``SummaryWriter`` that exists already (or anything with ``add_scalar``).
+
+    Raises:
+        ImportError: tensorboard is not installed (the ``tensorboard`` extra).
+    """
+
+    def __init__(self, writer: str | os.PathLike[str] | Any) -> None:
+        self.writer = writer
+        if isinstance(writer, (str, os.PathLike)):
+            # torch.utils.tensorboard says of a missing tensorboard only that there is no such module.
+            require("tensorboard", extra="tensorboard", purpose="TensorBoardLog")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(os.fspath(writer))  # type: ignore[no-untyped-call]
+
+    def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write one scalar per entry."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is pending and close the files."""
+        self.writer.close()
