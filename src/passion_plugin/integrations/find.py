@@ -39,7 +39,9 @@ def find_engine(model: Any) -> Passion:
         return next(iter(found.values()))
     if found:
         names = ", ".join(repr(name) for name in found)
-        raise UsageError(f"there are {len(found)} engines in this {type(model).__name__}: {names}; pass the one you mean")
+        raise UsageError(
+            f"there are {len(found)} engines in this {type(model).__name__}: {names}; pass the one you mean"
+        )
     raise UsageError(
         f"there is no PassionWrapper in this {type(model).__name__}, and no engine attached: wrap the network before "
         "the trainer gets it, or pass the wrapper or the Passion object itself"
