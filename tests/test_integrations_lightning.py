@@ -1,4 +1,4 @@
-"""PassionCallback: one end of the epoch per epoch, the right numbers logged, and runs that resume as if uninterrupted."""
+"""PassionCallback: one end of the epoch per epoch, the right numbers in the log, and runs that can be resumed."""
 
 from __future__ import annotations
 

@@ -94,17 +94,18 @@ def test_fabric(one_call: bool, plain: tuple[list[Tensor], PassionWrapper]) -> N
 
 @pytest.mark.parametrize("one_call", [False, True])
 def test_fabric_with_ddp_needs_no_marked_method(one_call: bool, plain: tuple[list[Tensor], PassionWrapper]) -> None:
-    # Fabric leaves variables behind that make the next Accelerator think it was launched as one process of many.
-    with mock.patch.dict(os.environ):
+    # Put back afterwards: Fabric leaves variables that make an Accelerator think it is one process of many.
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    with mock.patch.dict(os.environ, address):
         fabric = Fabric(accelerator="cpu", devices=1, strategy="ddp")
         fabric.launch()
-    try:
-        wrapper = wrap()
-        model, optimizer = fabric.setup(wrapper, adam(wrapper))
-        assert type(model._forward_module) is torch.nn.parallel.DistributedDataParallel
-        assert_the_same(model, train(model, optimizer, fabric.backward, one_call=one_call), plain)
-    finally:
-        torch.distributed.destroy_process_group()
+        try:
+            wrapper = wrap()
+            model, optimizer = fabric.setup(wrapper, adam(wrapper))
+            assert type(model._forward_module) is torch.nn.parallel.DistributedDataParallel
+            assert_the_same(model, train(model, optimizer, fabric.backward, one_call=one_call), plain)
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("strategy", [None, "agm"])
