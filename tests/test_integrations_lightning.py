@@ -125,7 +125,7 @@ def test_the_weights_are_those_of_a_plain_loop(accumulate: int, ends: list[Passi
         assert torch.equal(ours, theirs)
 
 
-def test_validation_and_test_end_no_epoch(ends: list[Passion]) -> None:
+def test_a_validation_of_its_own_ends_no_epoch(ends: list[Passion]) -> None:
     module = Module()
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, callbacks=[PassionCallback()], accelerator="cpu")
     trainer.validate(module, Batches(), verbose=False)

@@ -36,7 +36,7 @@ class PassionCallback(Callback):
         super().__init__()
         self.prefix = prefix
         self._given = None if model is None else find_engine(model)
-        self._passion = self._given
+        self._passion: Any = self._given
         self._open_epoch: int | None = None
         self._restored: Mapping[str, Any] | None = None
 

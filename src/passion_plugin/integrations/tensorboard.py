@@ -21,14 +21,14 @@ class TensorBoardLog:
         ImportError: tensorboard is not installed (the ``tensorboard`` extra).
     """
 
-    def __init__(self, writer: str | os.PathLike[str] | Any) -> None:
+    def __init__(self, writer: Any) -> None:
         self.writer = writer
         if isinstance(writer, (str, os.PathLike)):
             # torch.utils.tensorboard says of a missing tensorboard only that there is no such module.
             require("tensorboard", extra="tensorboard", purpose="TensorBoardLog")
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(os.fspath(writer))  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(os.fspath(writer))
 
     def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write one scalar per entry."""
