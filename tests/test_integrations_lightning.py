@@ -132,6 +132,13 @@ def test_a_validation_of_its_own_ends_no_epoch(ends: list[Passion]) -> None:
     assert ends == []
 
 
+def test_an_epoch_that_nothing_was_trained_in_is_not_ended(ends: list[Passion]) -> None:
+    module, callback = Module(), PassionCallback()
+    trainer = fit(module, callback, epochs=1)
+    callback.on_train_epoch_end(trainer, module)
+    assert len(ends) == 1
+
+
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, [1, 3, 5, 7]), (2, [1, 3])])
 def test_terms_are_logged_at_lightnings_steps_and_weights_at_the_end_of_the_epoch(
     accumulate: int, steps: list[int]

@@ -157,29 +157,38 @@ def test_a_loop_like_that_of_nnunet_trains() -> None:
     def deep_loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
         weights = (2 / 3, 1 / 3)
         pairs = zip(weights, outputs, targets, strict=True)
-        return sum(w * F.cross_entropy(output, target[:, 0]) for w, output, target in pairs)  # type: ignore[return-value]
+        return sum(w * F.cross_entropy(output, target[:, 0].long()) for w, output, target in pairs)  # type: ignore[return-value]
 
     torch.manual_seed(0)
-    network = PassionWrapper(Deep(), M, missing_rates=[0.5] * 3)
-    loss = PassionLoss(deep_loss, network)
+    network = Deep()
+    keys = set(network.state_dict())
+    passion = Passion.attach(network, modalities=M, missing_rates=[0.5] * 3)
+    loss = PassionLoss(deep_loss, passion)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-2, momentum=0.99, nesterov=True)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=2, power=0.9)
-    targets = [Y[:, None].short(), Y[:, None, ::2, ::2].short().long()]
-    before = network.backbone.seg_layer.weight.clone()
+    targets = [Y[:, None].short(), Y[:, None, ::2, ::2].short()]
+
+    def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "passion_presence": MASK}
+
     for _ in range(2):
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
-            outputs = network(X, passion_presence=MASK)
-            loss(outputs, [target.long() for target in targets]).backward()
+            handle = network.register_forward_pre_hook(tell, with_kwargs=True)
+            total = loss(network(X), targets)
+            handle.remove()
+            total.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             optimizer.step()
-        assert network.end_epoch().counts.tolist() == [4, 4, 2]
+        assert passion.end_epoch().counts.tolist() == [4, 4, 2]
         schedule.step()
-    assert not torch.equal(before, network.backbone.seg_layer.weight)
+    assert passion.loss_terms().pixel[0, 2] == 0 < passion.loss_terms().pixel[1, 2]
+    assert set(network.state_dict()) == keys
     network.eval()
-    network.deep_supervision = False
-    assert network(X).shape == (2, 3, 4, 4)
-    assert network.backbone.deep_supervision is False
+    with torch.no_grad():
+        assert loss(network(X), targets) == deep_loss(network(X), targets)
+        network.deep_supervision = False
+        assert network(X).shape == (2, 3, 4, 4)
 
 
 OPTIONAL = ("lightning", "pytorch_lightning", "accelerate", "monai", "ignite", "tensorboard", "wandb", "mlflow")

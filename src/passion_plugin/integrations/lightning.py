@@ -72,7 +72,7 @@ class PassionCallback(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """End the epoch, and log what it gave."""
         if self._open_epoch is None:
-            # Resumed from a checkpoint of the end of an epoch: Lightning calls this hook again.
+            # Nothing was trained on since the last end, as when the hook is called again by a run that resumes.
             return
         self._passion.end_epoch()
         self._open_epoch = None
