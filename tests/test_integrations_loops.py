@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, MeanNet, batch, spec_of
-from passion_plugin import PassionWrapper
+from passion_plugin import Passion, PassionWrapper
 from passion_plugin.integrations.find import find_engine
 
 M = NAMES[:3]
@@ -162,3 +162,25 @@ def test_accelerate_checkpoints_hold_the_engine(strategy: str | None, tmp_path: 
     expected = train(model, optimizer, accelerator.backward), wrapper.end_epoch().beta.tolist()
     accelerator.load_state(str(tmp_path))
     assert (train(model, optimizer, accelerator.backward), wrapper.end_epoch().beta.tolist()) == expected
+
+
+def test_an_attached_network_goes_into_safetensors_files(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    net = wrap().unwrap()
+    passion = Passion.attach(net, modalities=M, missing_rates=[0.5] * 3, spec=spec_of(net))
+    model, optimizer = accelerator.prepare(net, adam(net))
+    accelerator.register_for_checkpointing(passion)
+
+    def step() -> list[float]:
+        prediction, passion_loss = model(ITEM[0], ITEM[1], passion_target=ITEM[2])
+        accelerator.backward(F.cross_entropy(prediction, ITEM[2]) + passion_loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [passion_loss.item(), *passion.end_epoch().beta.tolist()]
+
+    step()
+    accelerator.save_state(str(tmp_path))
+    assert (tmp_path / "model.safetensors").is_file()
+    expected = step()
+    accelerator.load_state(str(tmp_path))
+    assert step() == expected
