@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from passion_plugin.balance import Preference, presence_counts_of, project_beta, usable_distances
 from passion_plugin.config import Mode
 from passion_plugin.errors import PassionWarning, raise_problems
+from passion_plugin.parallel import summed
 from passion_plugin.state_checks import entry_problems, listed, shown
 
 __all__ = ["Preference", "PreferenceEstimator"]
@@ -217,6 +218,9 @@ class PreferenceEstimator(nn.Module):
         Returns:
             The :class:`Preference` of the epoch. An empty epoch leaves beta as it is, has counts of zero and
             warns once.
+
+        Raises:
+            UsageError: in every process, when they do not close the same epoch of the same modalities.
         """
         sums, counts, samples = self._totals(reduce)
         if update_beta and self.epoch % self.eta_every == 0:
@@ -317,11 +321,7 @@ class PreferenceEstimator(nn.Module):
     def _totals(self, reduce: bool) -> tuple[Tensor, Tensor, int]:
         """Return sums (M,), counts (M,) and the number of samples, over all processes, on the CPU."""
         stacked = torch.cat((self._sums, self._counts, self._sums.new_tensor([self.samples_seen])))
-        if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
-            # A rank without a single batch still has its sums on the CPU, where NCCL cannot reduce.
-            stacked = stacked.cuda() if torch.distributed.get_backend() == "nccl" else stacked.cpu()
-            torch.distributed.all_reduce(stacked)
-        totals = stacked.cpu().double()
+        totals = summed(stacked, f"epoch {self.epoch} of {self.modalities}") if reduce else stacked.cpu().double()
         size = len(self.modalities)
         return totals[:size].clone(), totals[size : 2 * size].clone(), int(totals[-1])
 

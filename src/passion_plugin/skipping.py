@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from passion_plugin.errors import BackboneError
 from passion_plugin.taps import Handler
+from passion_plugin.zeros import Shape, zeros_of
 
 __all__ = ["Layouts", "skipping"]
 
@@ -23,13 +24,6 @@ class _Layout:
 
     tree: TreeSpec
     leaves: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    size: torch.Size
-    dtype: torch.dtype
-    device: torch.device
 
 
 Layouts = dict[tuple[Any, ...], _Layout]
@@ -100,40 +94,17 @@ def _zeros(
     if key not in layouts:
         with torch.no_grad():
             leaves, tree = tree_flatten(forward(*args, **kwargs))
-        layouts[key] = _Layout(tree, tuple(_shape(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        layouts[key] = _Layout(tree, tuple(Shape.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
     layout = layouts[key]
-    shapes = [leaf for leaf in layout.leaves if isinstance(leaf, _Shape)]
-    tensors = iter(_Zeros.apply(shapes, *module.parameters()))
-    return tree_unflatten([next(tensors) if isinstance(leaf, _Shape) else leaf for leaf in layout.leaves], layout.tree)
-
-
-class _Zeros(torch.autograd.Function):
-    """Zeros that pass as functions of some parameters, whose gradient is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, shapes: list[_Shape], *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.parameters = [_shape(parameter) for parameter in parameters]
-        outputs = tuple(torch.zeros(shape.size, dtype=shape.dtype, device=shape.device) for shape in shapes)
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        zeros = [
-            torch.zeros(shape.size, dtype=shape.dtype, device=shape.device) if needed else None
-            for shape, needed in zip(ctx.parameters, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return (None, *zeros)
-
-
-def _shape(tensor: Tensor) -> _Shape:
-    return _Shape(tensor.shape, tensor.dtype, tensor.device)
+    shapes = [leaf for leaf in layout.leaves if isinstance(leaf, Shape)]
+    tensors = iter(zeros_of(shapes, tuple(module.parameters())))
+    return tree_unflatten([next(tensors) if isinstance(leaf, Shape) else leaf for leaf in layout.leaves], layout.tree)
 
 
 def _signature(arguments: Any) -> tuple[Any, ...]:
     """What decides over the shapes that an encoder puts out."""
-    described = [_shape(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in tree_flatten(arguments)[0]]
-    devices = {leaf.device.type for leaf in described if isinstance(leaf, _Shape)}
+    described = [Shape.of(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in tree_flatten(arguments)[0]]
+    devices = {leaf.device.type for leaf in described if isinstance(leaf, Shape)}
     autocast = [
         torch.get_autocast_dtype(device)
         for device in sorted(devices)
