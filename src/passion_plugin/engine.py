@@ -20,6 +20,7 @@ from passion_plugin.errors import BackboneError, ConfigError, PassionWarning, Us
 from passion_plugin.logged import epoch_metrics
 from passion_plugin.modulation import EncoderModulation
 from passion_plugin.objective import LossTerms
+from passion_plugin.parallel import check_heads
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
 from passion_plugin.step import TrainingStep
@@ -168,6 +169,7 @@ class Passion:
             self._step = None
             self._warn_of_dropped_step()
         self._modulation.remove()
+        check_heads(self.heads, self.backbone, single_call=target is not None)
         call = BackboneCall(args, dict(kwargs))
         self._inside = True
         try:
@@ -214,6 +216,7 @@ class Passion:
         self._step = None
         if loss is None:
             loss = torch.zeros((), device=labels.device)
+        loss = step.with_idle(loss)
         # A batch without students still gives something to call backward on.
         return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
 

@@ -93,6 +93,7 @@ def fused_pass(
     *,
     keep_random_state: bool = False,
     keep_features: bool = False,
+    copy_features: bool = False,
     skip: Skip = "no",
 ) -> FusedPass:
     """Run the backbone on all that is available and listen.
@@ -106,6 +107,8 @@ def fused_pass(
         presence: bool (B, M), modalities whose content may be looked at.
         keep_random_state: remember the random state after the last encoder.
         keep_features: record what the encoders put out even if no student replays it.
+        copy_features: replay copies although the backbone does not ask for them. The graph is then the same
+            whichever rows a student takes, which a sharded backbone needs: it gathers parameters in backward.
         skip: leave encoders out where their modality is ``"absent"`` from the whole batch, or from single
             ``"rows"`` too.
     """
@@ -114,7 +117,7 @@ def fused_pass(
     if bound.spec.students in ("rerun", "mixed"):
         # Students read the images again; a backbone that writes into them must not spoil that.
         given = bound.with_input(call, tree_map(_clone, bound.input_of(call)))
-    record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
+    record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features or copy_features)
     record.random_state = random_state() if keep_random_state else None
     replayed = bound.spec.students in ("replay", "mixed", "heads")
     recording = record.recording(features=replayed or keep_features, keep_random_state=keep_random_state)

@@ -14,10 +14,12 @@ from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
+from passion_plugin.parallel import in_lockstep
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
-from passion_plugin.students import Student, active_students, run_students
+from passion_plugin.students import Student, active_students, run_students, with_stand_ins
 from passion_plugin.targets import prepare_target
+from passion_plugin.zeros import zero_of
 
 if TYPE_CHECKING:
     from passion_plugin.strategies.base import Strategy
@@ -39,6 +41,7 @@ class TrainingStep:
         active: bool (B, M) on the CPU: the sample has the modality and at least one other.
         image_size: spatial size of the images, None when unknown.
         features: outputs of the encoders by modality, with gradient; empty unless the strategy needs them.
+        idle: what the loss has to depend on, although this batch has no use for it: :meth:`with_idle`.
     """
 
     bound: BoundBackbone
@@ -50,6 +53,7 @@ class TrainingStep:
     active: Tensor
     image_size: tuple[int, ...] | None
     features: Mapping[str, list[Tensor]]
+    idle: tuple[Tensor, ...] = ()
 
     @classmethod
     def run(
@@ -76,7 +80,8 @@ class TrainingStep:
         """
         available = bound.availability(call, presence)
         bound.check_finite(call, available)
-        wanted = config.skip_missing_encoders if bound.spec.skippable else False
+        lockstep = in_lockstep(bound.backbone)
+        wanted = config.skip_missing_encoders if bound.spec.skippable and not lockstep else False
         skip: Skip = "absent" if wanted == "auto" else "rows" if wanted else "no"
         keep_features = strategy.needs_features
         fused = fused_pass(
@@ -85,10 +90,24 @@ class TrainingStep:
             available,
             keep_random_state=config.share_random_state,
             keep_features=keep_features,
+            copy_features=lockstep,
             skip=skip,
         )
+        segments = strategy.segments(available)
+        stands_in = [False] * len(segments)
+        if lockstep and strategy.students != "none":
+            segments, stands_in = with_stand_ins(segments, bound.modalities)
         with torch.set_grad_enabled(strategy.students == "trained"):
-            students = run_students(bound, fused, strategy.segments(available), config, heads)
+            students = run_students(bound, fused, segments, config, heads)
+        idle = [student.prediction.logits for student, unused in zip(students, stands_in, strict=True) if unused]
+        students = [student for student, unused in zip(students, stands_in, strict=True) if not unused]
+        # Heads without a student in this batch would have no gradient here and one in another process.
+        idle += [
+            parameter
+            for modality, head in zip(bound.modalities, heads, strict=False)
+            if all(modality not in student.modalities for student in students)
+            for parameter in head.parameters()
+        ]
         logits = fused.prediction.logits
         return cls(
             bound=bound,
@@ -100,7 +119,16 @@ class TrainingStep:
             active=active_students(available),
             image_size=bound.image_size(call),
             features={name: fused.record.features(name) for name in bound.modalities} if keep_features else {},
+            idle=tuple(tensor for tensor in idle if tensor.requires_grad),
         )
+
+    def with_idle(self, loss: Tensor) -> Tensor:
+        """Return the loss with a gradient of zero for what runs idle.
+
+        Processes that train together need the same parameters to have a gradient, and the same passes to be in the
+        graph, whatever their batches hold.
+        """
+        return loss + zero_of(self.idle).to(loss) if self.idle else loss
 
     def labels(self, target: Tensor) -> Tensor:
         """Check the target, and that the prediction is still what it was.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,7 @@ from passion_plugin.passes import FusedPass, Prediction, student_pass
 from passion_plugin.random_state import random_state, set_random_state
 from passion_plugin.taps import Segment
 
-__all__ = ["Student", "active_students", "run_students"]
+__all__ = ["Student", "active_students", "run_students", "with_stand_ins"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,38 @@ def run_students(
     if after is not None:
         set_random_state(after)
     return students
+
+
+def with_stand_ins(segments: Sequence[Segment], modalities: Sequence[str]) -> tuple[list[Segment], list[bool]]:
+    """Fill up the students of single modalities, so that every process runs the same passes in the same order.
+
+    A forward of a sharded backbone is a collective call: processes whose batches need different students would wait
+    for each other for ever.
+
+    Args:
+        segments: students of single modalities that the batch needs, in the order of ``modalities``.
+        modalities: M names.
+
+    Returns:
+        A student for each modality, the first row where the batch needs none; and which of them stand in.
+
+    Raises:
+        BackboneError: a student sees several modalities.
+
+    Example:
+        >>> import torch
+        >>> filled, idle = with_stand_ins([Segment(("t2",), torch.tensor([1, 3]))], ("t1", "t2"))
+        >>> [(segment.modalities, segment.rows.tolist()) for segment in filled], idle
+        ([(('t1',), [0]), (('t2',), [1, 3])], [True, False])
+    """
+    if any(len(segment.modalities) > 1 for segment in segments):
+        raise BackboneError(
+            "the strategy predicts from several modalities together, and how often depends on the batch: processes "
+            "that share a sharded backbone would wait for each other. Use DistributedDataParallel"
+        )
+    wanted = {segment.modalities[0]: segment for segment in segments}
+    filled = [wanted.get(name, Segment((name,), torch.tensor([0]))) for name in modalities]
+    return filled, [name not in wanted for name in modalities]
 
 
 def _run(bound: BoundBackbone, fused: FusedPass, group: list[Segment], config: PassionConfig) -> list[Prediction]:
