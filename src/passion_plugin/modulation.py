@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.errors import raise_problems
+from passion_plugin.errors import UsageError, raise_problems
 
 __all__ = ["EncoderModulation", "scale_gradient", "tied_encoders"]
 
@@ -83,12 +83,22 @@ class EncoderModulation:
             encoders: modules of each modality.
             coefficients: scalar of each modality whose encoder is to be scaled.
             noise: add Gaussian noise with the standard deviation of the gradient before it was scaled.
+
+        Raises:
+            UsageError: parameters are sharded; a hook on them would never run.
         """
         self.remove()
         for modality, coefficient in coefficients.items():
             hook = (_NoisyScale if noise else _Scale)(coefficient.detach())
             modules = encoders[modality]
             parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+            # Only sharded tensors have placements. Their gradient is put there without a trip through autograd.
+            if any(hasattr(parameter, "placements") for parameter in parameters.values()):
+                raise UsageError(
+                    f"the parameters of the encoder of {modality!r} are sharded by fully_shard, where gradients of "
+                    f"encoders cannot be scaled: use DistributedDataParallel, modulation='distillation', or another "
+                    f"strategy"
+                )
             self._handles += [parameter.register_hook(hook) for parameter in parameters.values()]
 
     def remove(self) -> None:

@@ -99,7 +99,12 @@ class TrainingStep:
             segments, stands_in = with_stand_ins(segments, bound.modalities)
         with torch.set_grad_enabled(strategy.students == "trained"):
             students = run_students(bound, fused, segments, config, heads)
-        idle = [student.prediction.logits for student, unused in zip(students, stands_in, strict=True) if unused]
+        idle = [
+            tensor
+            for student, unused in zip(students, stands_in, strict=True)
+            if unused
+            for tensor in student.prediction.tensors()
+        ]
         students = [student for student, unused in zip(students, stands_in, strict=True) if not unused]
         # Heads without a student in this batch would have no gradient here and one in another process.
         idle += [

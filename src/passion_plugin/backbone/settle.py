@@ -17,8 +17,9 @@ from passion_plugin.backbone.report import examine_call
 from passion_plugin.backbone.sandbox import sandbox
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.errors import BackboneError, ConfigError, raise_problems
 from passion_plugin.heads import build_heads
+from passion_plugin.parallel import is_sharded
 from passion_plugin.passes import fused_pass
 
 __all__ = ["check_setup", "example_call", "example_heads", "initial_spec", "settled_backbone"]
@@ -26,6 +27,9 @@ __all__ = ["check_setup", "example_call", "example_heads", "initial_spec", "sett
 # Sizes to try for the checks; half of the smaller one leaves a single voxel at the bottom of a network of five
 # levels, which instance normalisation refuses.
 _CHECK_SIZES = (32, 64)
+
+# They run collective calls around every forward, and students are forwards.
+_OUTER = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def check_setup(backbone: Any, modalities: tuple[Any, ...], config: Any) -> None:
@@ -37,6 +41,11 @@ def check_setup(backbone: Any, modalities: tuple[Any, ...], config: Any) -> None
     problems = []
     if not isinstance(backbone, nn.Module):
         problems.append(f"the backbone must be a torch.nn.Module, got {type(backbone).__name__}")
+    elif type(backbone).__name__ in _OUTER:
+        problems.append(
+            f"the backbone is a {type(backbone).__name__}: give its .module, and put DistributedDataParallel around "
+            f"the wrapper (DataParallel is not supported; for shards use fully_shard)"
+        )
     if len(modalities) < 2 or not all(isinstance(name, str) and name for name in modalities):
         problems.append(f"modalities must be at least two names, got {modalities!r}")
     if len(set(modalities)) != len(modalities):
@@ -80,6 +89,11 @@ def settled_backbone(
         ConfigError: the configuration asks for something that this backbone cannot do.
     """
     if spec is None or spec.students == "auto":
+        if is_sharded(backbone):
+            raise BackboneError(
+                "a sharded backbone cannot be examined: pass example_input= and example_mask= when you wrap it and call "
+                "fully_shard afterwards, or give a spec that says how students are run"
+            )
         report = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec)
         report.raise_problems()
         spec = report.spec

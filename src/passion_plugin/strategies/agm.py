@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from passion_plugin.balance import Preference
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
+from passion_plugin.parallel import summed
 from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import compared, true_class_loss
@@ -81,7 +83,8 @@ class AGM(Strategy):
     Passes over subsets are run without gradient here, and only the encoders are scaled, so that the user's
     prediction stays the one of the backbone. Missing modalities: the game is played among the modalities of each
     sample; samples with a single one are left out, a modality without any sample left gets no hook and its running
-    mean rests. A sample with n modalities needs ``2^n - 2`` passes. With several processes each has its own means.
+    mean rests. A sample with n modalities needs ``2^n - 2`` passes. Several processes pool their means at the end of an
+    epoch and go by their own in between.
 
     Args:
         alpha: :math:`\alpha`, how strongly to scale.
@@ -139,6 +142,18 @@ class AGM(Strategy):
         rate = torch.where(measured, 1 / self._steps.clamp(min=1), 0)
         self._mean = self._mean + rate.to(difference) * (difference - self._mean)
         return {name: kappa[column] for column, name in compared(step)}
+
+    def end_epoch(self) -> Preference:
+        """Pool the running means of all processes, and report the epoch; see :meth:`Strategy.end_epoch`."""
+        steps = self._steps.cpu().double()
+        weighted = torch.cat([self._mean.cpu().double() * steps, steps, torch.ones(1, dtype=torch.float64)])
+        *both, ranks = summed(weighted, f"running means of epoch {self.epoch} on {self.modalities}").split(
+            [len(steps), len(steps), 1]
+        )
+        mean = both[0] / both[1].clamp(min=1)
+        # Each process carries on with its share of the steps, so that the next pooling counts none of them twice.
+        self._mean, self._steps = mean.to(self._mean), (both[1] / ranks).to(self._steps)
+        return super().end_epoch()
 
 
 def _weight(size: int, number: int) -> float:

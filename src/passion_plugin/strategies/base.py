@@ -14,6 +14,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import UsageError, raise_problems
 from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
+from passion_plugin.parallel import summed
 from passion_plugin.rarity import Rarity
 from passion_plugin.state_checks import cpu_copies, entry_problems
 from passion_plugin.taps import Segment
@@ -160,14 +161,15 @@ class Strategy:
         raise UsageError(f"strategy {self.name!r} has no terms of PASSION; see what end_epoch() returns")
 
     def end_epoch(self) -> Preference:
-        """End the epoch and report it.
+        """End the epoch and report it; to be called on every process, whose sums are added.
 
         Returns:
             ``beta`` is the mean factor of each modality over the steps of the epoch that had one (1 where none
-            had), ``counts`` their number, of this process; a rule that updates weights reports those instead.
+            had), ``counts`` their number; a rule that updates weights reports those instead.
         """
-        counts = self._counts.double()
-        mean = torch.where(counts > 0, self._sums.cpu().double() / counts, 1)
+        stacked = torch.cat([self._sums.cpu().double(), self._counts.double()])
+        sums, counts = summed(stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}").chunk(2)
+        mean = torch.where(counts > 0, sums / counts, 1)
         unknown = torch.full_like(mean, math.nan)
         report = Preference(self.modalities, self.epoch, mean, torch.zeros_like(mean), unknown, counts)
         self.epoch += 1
