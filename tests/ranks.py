@@ -21,7 +21,7 @@ __all__ = ["Ranks"]
 
 WORLD = 2
 # A collective that a rank waits for in vain raises in that rank after this; the parent waits a little longer.
-HANG = 6.0
+HANG = 15.0
 
 
 class Ranks:

@@ -17,6 +17,7 @@ from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
 from passion_plugin.parallel import in_lockstep
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
+from passion_plugin.reentrant import passes_reentrant, reentrant_problem
 from passion_plugin.students import Student, active_students, run_students, with_stand_ins
 from passion_plugin.targets import prepare_target
 from passion_plugin.zeros import zero_of
@@ -77,6 +78,7 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
+            BackboneError: reentrant activation checkpointing, seen in the first batch.
         """
         available = bound.availability(call, presence)
         bound.check_finite(call, available)
@@ -93,10 +95,15 @@ class TrainingStep:
             copy_features=lockstep,
             skip=skip,
         )
+        if not bound.trained:
+            if passes_reentrant((fused.raw, fused.prediction.logits)):
+                raise BackboneError(reentrant_problem())
+            bound.trained = True
         segments = strategy.segments(available)
         stands_in = [False] * len(segments)
-        if lockstep and strategy.students != "none":
-            segments, stands_in = with_stand_ins(segments, bound.modalities)
+        if lockstep:
+            complete = torch.ones(1, len(bound.modalities), dtype=torch.bool)
+            segments, stands_in = with_stand_ins(segments, strategy.segments(complete))
         with torch.set_grad_enabled(strategy.students == "trained"):
             students = run_students(bound, fused, segments, config, heads)
         idle = [

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import BackboneError
+from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.heads import feature_maps
 from passion_plugin.passes import FusedPass, Prediction, student_pass
 from passion_plugin.random_state import random_state, set_random_state
@@ -92,36 +92,38 @@ def run_students(
     return students
 
 
-def with_stand_ins(segments: Sequence[Segment], modalities: Sequence[str]) -> tuple[list[Segment], list[bool]]:
-    """Fill up the students of single modalities, so that every process runs the same passes in the same order.
+def with_stand_ins(segments: Sequence[Segment], complete: Sequence[Segment]) -> tuple[list[Segment], list[bool]]:
+    """Fill up the students of a batch, so that every process runs the same passes in the same order.
 
     A forward of a sharded backbone is a collective call: processes whose batches need different students would wait
     for each other for ever.
 
     Args:
-        segments: students of single modalities that the batch needs, in the order of ``modalities``.
-        modalities: M names.
+        segments: students that the batch needs.
+        complete: students that a sample with every modality needs.
 
     Returns:
-        A student for each modality, the first row where the batch needs none; and which of them stand in.
+        A student for each of ``complete``, of the first row where the batch needs none; and which of them stand in.
 
     Raises:
-        BackboneError: a student sees several modalities.
+        UsageError: the batch needs a student that a complete sample does not need.
 
     Example:
         >>> import torch
-        >>> filled, idle = with_stand_ins([Segment(("t2",), torch.tensor([1, 3]))], ("t1", "t2"))
-        >>> [(segment.modalities, segment.rows.tolist()) for segment in filled], idle
+        >>> complete = Segment.singles(("t1", "t2"), torch.tensor([[True, True]]))
+        >>> filled, stands_in = with_stand_ins([Segment(("t2",), torch.tensor([1, 3]))], complete)
+        >>> [(segment.modalities, segment.rows.tolist()) for segment in filled], stands_in
         ([(('t1',), [0]), (('t2',), [1, 3])], [True, False])
     """
-    if any(len(segment.modalities) > 1 for segment in segments):
-        raise BackboneError(
-            "the strategy predicts from several modalities together, and how often depends on the batch: processes "
-            "that share a sharded backbone would wait for each other. Use DistributedDataParallel"
+    wanted = {segment.modalities: segment for segment in segments}
+    known = {segment.modalities for segment in complete}
+    if not wanted.keys() <= known:
+        raise UsageError(
+            f"the strategy asks for students of {sorted(wanted.keys() - known)}, which no complete sample needs: the "
+            f"processes that share a sharded backbone cannot know of them. Use DistributedDataParallel"
         )
-    wanted = {segment.modalities[0]: segment for segment in segments}
-    filled = [wanted.get(name, Segment((name,), torch.tensor([0]))) for name in modalities]
-    return filled, [name not in wanted for name in modalities]
+    filled = [wanted.get(segment.modalities, Segment(segment.modalities, torch.tensor([0]))) for segment in complete]
+    return filled, [segment.modalities not in wanted for segment in complete]
 
 
 def _run(bound: BoundBackbone, fused: FusedPass, group: list[Segment], config: PassionConfig) -> list[Prediction]:

@@ -45,6 +45,7 @@ class BoundBackbone:
         self.modalities = tuple(modalities)
         self.forward = forward
         self.layouts: Layouts = {}
+        self.trained = False  # Whether a first training pass has been looked at.
         problems: list[str] = []
         modules = dict(backbone.named_modules(remove_duplicate=False))
 

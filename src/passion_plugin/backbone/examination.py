@@ -202,11 +202,7 @@ class Examination:
         if paths.failure:
             self.report.warn(f"a pass in training mode raised {paths.failure}")
         if paths.reentrant:
-            self.report.problem(
-                f"reentrant activation checkpointing around {_quoted(paths.reentrant)}: these modules run without "
-                f"gradient and once more in backward, so that what they put out cannot be recorded and replayed. "
-                f"Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
+            self.report.problem(paths.reentrant)
         if not paths.cut or spec.students not in ("auto", "replay", "mixed"):
             return spec
         text = f"{_quoted(paths.cut)} can learn but runs without gradient (no_grad, or a detach)"

@@ -91,8 +91,8 @@ def settled_backbone(
     if spec is None or spec.students == "auto":
         if is_sharded(backbone):
             raise BackboneError(
-                "a sharded backbone cannot be examined: pass example_input= and example_mask= when you wrap it and call "
-                "fully_shard afterwards, or give a spec that says how students are run"
+                "a sharded backbone cannot be examined: pass example_input= and example_mask= when you wrap it and "
+                "call fully_shard afterwards, or give a spec that says how students are run"
             )
         report = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec)
         report.raise_problems()

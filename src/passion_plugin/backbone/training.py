@@ -17,6 +17,7 @@ from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
 from passion_plugin.passes import FusedPass, Prediction, Skip, fused_pass, student_pass
+from passion_plugin.reentrant import passes_reentrant, reentrant_problem
 from passion_plugin.taps import FeatureRecord, Handler, Segment, overridden_forward
 
 __all__ = [
@@ -35,12 +36,12 @@ class GradientPaths:
 
     Attributes:
         cut: encoder modules whose output carries no gradient although they could learn.
-        reentrant: modules that run under reentrant activation checkpointing.
+        reentrant: what is wrong with reentrant activation checkpointing, empty where there is none.
         failure: the exception of a pass in training mode.
     """
 
     cut: list[str] = field(default_factory=list)
-    reentrant: list[str] = field(default_factory=list)
+    reentrant: str = ""
     failure: str = ""
 
 
@@ -87,9 +88,9 @@ def gradient_paths(probe: Probe, spec: BackboneSpec) -> GradientPaths:
     finally:
         probe.backbone.eval()
     ends = (fused.prediction.logits, prediction_of(fused.raw))
-    if without_mode and any(_passes_checkpoint(end) for end in ends):
+    if passes_reentrant(ends):
         named = {**names, bound.classifier: spec.classifier}
-        found.reentrant = list(dict.fromkeys(named[module] for module in without_mode))
+        found.reentrant = reentrant_problem(list(dict.fromkeys(named[module] for module in without_mode)))
         return found
     for module, name in names.items():
         learns = any(parameter.requires_grad for parameter in module.parameters())
@@ -237,17 +238,3 @@ def _gradient(total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         for parameter, gradient in zip(parameters, found, strict=True)
     ]
     return torch.cat([gradient.flatten().double() for gradient in flat])
-
-
-def _passes_checkpoint(tensor: Tensor) -> bool:
-    """Whether the graph behind a tensor passes through reentrant activation checkpointing."""
-    waiting, seen = [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():
-            return True
-        waiting += [parent for parent, _ in node.next_functions]
-    return False
