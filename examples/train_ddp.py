@@ -44,10 +44,9 @@ def main(epochs: int, patients: int, size: int, out: Path) -> None:
 
     backbone = UHeMISLike(phantom.modalities, num_classes=4).to(device)
     # Examined now and on the same images everywhere: a first batch would be another one in every process.
-    example = torch.randn(2, len(phantom.modalities), *(size,) * 3, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
-    everything = torch.ones(2, len(phantom.modalities), dtype=torch.bool, device=device)
+    shape = (2, len(phantom.modalities))
+    example = torch.randn(*shape, *(size,) * 3, generator=torch.Generator().manual_seed(0)).to(device)
+    everything = torch.ones(shape, dtype=torch.bool, device=device)
     model = PassionWrapper(  # 1: wrap, then distribute
         backbone, phantom.modalities, presence=presence, example_input=example, example_mask=everything
     )

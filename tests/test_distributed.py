@@ -258,15 +258,24 @@ def test_heads_without_a_student_in_the_batch_have_a_gradient_of_zero() -> None:
     assert all(bool(p.grad.any()) for p in model.heads[0].parameters())
 
 
-def wrapped_the_wrong_way_round(rank: int) -> str:
+def wrapped_the_wrong_way_round(rank: int, kind: str) -> str:
     backbone = MeanNet(M)
+    if kind == "DistributedDataParallel":
+        distributed: nn.Module = DistributedDataParallel(backbone)
+    else:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        distributed = FullyShardedDataParallel(backbone, device_id=torch.device("cpu"))
     with pytest.raises(ConfigError) as caught:
-        PassionWrapper(DistributedDataParallel(backbone), M, missing_rates=RATES, spec=spec_of(backbone))
+        PassionWrapper(distributed, M, missing_rates=RATES, spec=spec_of(backbone))
     return str(caught.value)
 
 
-def test_wrapping_what_is_distributed_already_is_refused(ranks: Ranks) -> None:
-    assert all("around the wrapper" in message for message in ranks(wrapped_the_wrong_way_round))
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "FullyShardedDataParallel"])
+def test_wrapping_what_is_distributed_already_is_refused(ranks: Ranks, kind: str) -> None:
+    for message in ranks(wrapped_the_wrong_way_round, kind):
+        assert f"the backbone is a {kind}" in message
+        assert "around the wrapper" in message
 
 
 def found_in_the_first_batch(rank: int, style: str) -> dict[str, Any]:
@@ -322,6 +331,35 @@ def test_what_shards_cannot_do_is_refused(ranks: Ranks, options: dict[str, Any],
 def test_heads_in_a_wrapper_that_is_one_shard(ranks: Ranks) -> None:
     presence = PRESENCE["a rank lacks a modality"]
     assert_as_one_process(ranks(trained, presence, fsdp="whole", heads=True), trained(None, presence, heads=True))
+
+
+class OverRanks(nn.SyncBatchNorm):
+    """Centres over all ranks: what SyncBatchNorm does to the order of collective calls, which runs on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce
+
+        axes = (0, *range(2, x.ndim))
+        total, count = all_reduce(x.sum(axes)), all_reduce(torch.tensor(float(x[:, 0].numel())))
+        return x - (total / count).view(-1, *[1] * (x.ndim - 2))
+
+
+class Synchronised(MeanNet):
+    def __init__(self, modalities: Any) -> None:
+        super().__init__(modalities)
+        self.decoder[1] = OverRanks(self.classifier.in_channels)
+        for encoder in self.encoders.values():
+            encoder[1] = OverRanks(self.classifier.in_channels)
+
+
+@pytest.mark.parametrize("presence", PRESENCE)
+def test_synchronised_normalisation_does_not_hang(ranks: Ranks, presence: str) -> None:
+    # Without DistributedDataParallel, which accepts the layer on GPUs only: it is the passes that must not wait.
+    spec = spec_of(MeanNet(M), skippable=True)
+    first, second = ranks(trained, PRESENCE[presence], net=Synchronised, spec=spec)
+    assert torch.equal(first["beta"], second["beta"])
+    for result in (first, second):
+        assert any(bool(gradient.any()) for gradient in result["gradients"][-1].values())
 
 
 # --- Gradient accumulation and activation checkpointing

@@ -60,8 +60,12 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def in_lockstep(backbone: nn.Module) -> bool:
-    """Whether a forward of the backbone is a collective call, so that all processes need the same number of them."""
-    return is_sharded(backbone)
+    """Whether a forward of the backbone is a collective call, so that all processes need the same number of them.
+
+    It is for shards, which are gathered, and for SyncBatchNorm, which adds up statistics.
+    """
+    together = _initialized() and any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
+    return together or is_sharded(backbone)
 
 
 def check_heads(heads: nn.ModuleList, backbone: nn.Module, *, single_call: bool) -> None:
