@@ -520,6 +520,7 @@ def test_stacked_students_equal_the_loop() -> None:
     wanted.backward()
     gradients = copies_gradients(net)
     net.decoder[3].rows.clear()
+    loop.unwrap()
     stacked = wrap(net, PassionConfig(stack_students=True), stackable=True)
     found = step(stacked, x, mask, y)
     assert net.decoder[3].rows == [3, 5]
@@ -570,7 +571,7 @@ def test_students_and_teacher_can_share_the_dropout_mask() -> None:
     step(shared, x, mask, y)
     assert shared.loss_terms().distance.max() < 1e-12
     assert shared.loss_terms().pixel.abs().max() < 1e-12
-    apart = wrap(net)
+    apart = wrap(shared.unwrap())
     step(apart, x, mask, y)
     assert apart.loss_terms().distance.min() > 1e-3
 
@@ -607,6 +608,7 @@ def test_a_training_loop_that_never_ends_an_epoch_is_warned_once() -> None:
     with pytest.warns(PassionWarning, match="Call it once after each epoch"):
         step(model, x, mask, y)
     step(model, x, mask, y)  # A second warning would be an error here.
+    model.unwrap()
     ending = PassionWrapper(net, NAMES[:2], presence=np.ones((2, 2), dtype=bool), spec=spec_of(net))
     for _ in range(6):
         step(ending, x, mask, y)

@@ -142,6 +142,7 @@ def test_the_value_of_the_loss_does_not_depend_on_beta() -> None:
             model = wrap(net, beta, modulation=modulation)
             model(x, mask)
             values.append(model.passion_loss(y))
+            model.unwrap()
     assert all(torch.equal(value, values[0]) for value in values)
 
 

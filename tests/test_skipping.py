@@ -43,7 +43,8 @@ def counting(module: Any) -> list[int]:
 @pytest.mark.parametrize("changes", [{}, {"memory": "low"}, {"modulation": "encoder"}, {"mode": "official"}])
 def test_auto_leaves_out_what_the_whole_batch_lacks_and_changes_no_bit(changes: dict[str, Any]) -> None:
     net = MeanNet(THREE)
-    wanted, loss, _ = trained(net, LACKING, False, **changes)
+    wanted, loss, model = trained(net, LACKING, False, **changes)
+    model.unwrap()
     gradients = copies_gradients(net)
     found, skipped_loss, model = trained(net, LACKING, "auto", **changes)
     assert model.passion.bound.spec.skippable
@@ -70,8 +71,11 @@ def test_by_rows_runs_each_encoder_on_the_rows_that_have_its_modality() -> None:
     net = MeanNet(THREE).double()
     x, mask, y = batch(MIXED, dtype=torch.float64)
     results = []
+    model = None
     for skip in (False, True):
         net.zero_grad(set_to_none=True)
+        if model is not None:
+            model.unwrap()
         model = PassionWrapper(
             net, THREE, missing_rates=(0.2, 0.4, 0.6), config=PassionConfig(skip_missing_encoders=skip)
         )
@@ -159,8 +163,8 @@ def test_by_rows_refuses_outputs_without_a_batch() -> None:
             return super().forward(x), torch.zeros(5)
 
     from passion_plugin.errors import BackboneError
+    from passion_plugin.overrides import overridden_forward
     from passion_plugin.skipping import skipping
-    from passion_plugin.taps import overridden_forward
 
     encoders = {"a": (Odd(nn.Identity()),), "b": (Odd(nn.Identity()),)}
     handlers = skipping(encoders, ("a", "b"), torch.tensor([[True, False], [True, True]]), {}, by_rows=True)

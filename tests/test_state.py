@@ -233,22 +233,22 @@ def test_presence_may_be_a_table_in_another_order_of_modalities() -> None:
     table = PresenceTable(
         ("a", "b", "c", "d"), ("t1", "flair", "t1ce"), np.array([[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]], bool)
     )
-    net = MeanNet(M)
-    model = PassionWrapper(net, M, presence=table, spec=spec_of(net))
+    spec = spec_of(MeanNet(M))
+    model = PassionWrapper(MeanNet(M), M, presence=table, spec=spec)
     assert model.passion.rarity.weights == pytest.approx((1.0, 4 / 3, 4.0))
     assert model.passion.rarity.counts == (4, 3, 1)
-    plain = PassionWrapper(net, M, presence=table.presence[:, [1, 2, 0]], spec=spec_of(net))
+    plain = PassionWrapper(MeanNet(M), M, presence=table.presence[:, [1, 2, 0]], spec=spec)
     assert plain.passion.rarity == model.passion.rarity
-    tensor = PassionWrapper(net, M, presence=torch.from_numpy(table.presence[:, [1, 2, 0]]), spec=spec_of(net))
+    tensor = PassionWrapper(MeanNet(M), M, presence=torch.from_numpy(table.presence[:, [1, 2, 0]]), spec=spec)
     assert tensor.passion.rarity == model.passion.rarity
 
 
 def test_missing_rates_by_name_and_in_order_agree_with_a_table() -> None:
-    net = MeanNet(M)
-    by_name = PassionWrapper(net, M, missing_rates={"t1": 0.75, "flair": 0.0, "t1ce": 0.5}, spec=spec_of(net))
-    in_order = PassionWrapper(net, M, missing_rates=(0.0, 0.5, 0.75), spec=spec_of(net))
+    spec = spec_of(MeanNet(M))
+    by_name = PassionWrapper(MeanNet(M), M, missing_rates={"t1": 0.75, "flair": 0.0, "t1ce": 0.5}, spec=spec)
+    in_order = PassionWrapper(MeanNet(M), M, missing_rates=(0.0, 0.5, 0.75), spec=spec)
     table = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 0, 0]], dtype=bool)
-    counted = PassionWrapper(net, M, presence=table, spec=spec_of(net))
+    counted = PassionWrapper(MeanNet(M), M, presence=table, spec=spec)
     assert by_name.passion.rarity.weights == in_order.passion.rarity.weights == (1.0, 2.0, 4.0)
     assert counted.passion.rarity.weights == (1.0, 2.0, 4.0)
 

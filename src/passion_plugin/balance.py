@@ -27,6 +27,8 @@ class Preference:
         distance: mean prototype distance of the epoch; NaN where nothing was measured.
         counts: number of distances that went into the mean. All zero: the epoch was empty, beta unchanged.
         eta: step size that was used.
+        skipped: number of distances, or scores of other rules, that were left out because they were NaN or infinite;
+            None where that was not counted. A training resumed within the epoch counts from there on.
     """
 
     modalities: tuple[str, ...]
@@ -36,6 +38,7 @@ class Preference:
     distance: Tensor
     counts: Tensor
     eta: float = math.nan
+    skipped: Tensor | None = None
 
     @property
     def empty(self) -> bool:

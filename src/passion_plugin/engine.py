@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +15,15 @@ from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.settle import check_setup, example_call, example_heads, initial_spec, settled_backbone
 from passion_plugin.backbone.spec import BackboneSpec
+from passion_plugin.claims import claim, refuse_claimed, release
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import BackboneError, ConfigError, PassionWarning, UsageError
+from passion_plugin.errors import ConfigError, UsageError
+from passion_plugin.heads import refuse_late_heads
 from passion_plugin.logged import epoch_metrics
 from passion_plugin.modulation import EncoderModulation
-from passion_plugin.objective import LossTerms
+from passion_plugin.notices import Notices
+from passion_plugin.objective import LossTerms, differentiable
+from passion_plugin.overrides import one_at_a_time
 from passion_plugin.parallel import check_heads
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
@@ -72,11 +76,10 @@ class Passion:
         self.backbone = backbone
         self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
         self.strategy, self.config = resolve(strategy, config)
-        if has_engine(backbone):
-            raise UsageError("this backbone has a Passion engine already; unwrap() or detach() that first")
         if example_mask is not None and example_input is None:
             raise ConfigError("example_mask was given without example_input")
         check_setup(backbone, self.modalities, self.config)
+        refuse_claimed(backbone)
         self.rarity = Rarity.of(self.modalities, presence, missing_rates)
         self.heads = nn.ModuleList()
         self.bound: BoundBackbone | None = None
@@ -84,10 +87,10 @@ class Passion:
         self._attached = False
         self._disabled = 0
         self._detached = False
-        self._inside = False
+        self._inside: dict[str, int] = {}  # "thread": the one that is in a step
         self._modulation = EncoderModulation()
         self._step: TrainingStep | None = None
-        self._warned = False
+        self._notices = Notices()
         self._last_epoch: Preference | None = None
         self._spec = initial_spec(backbone, self.modalities, spec)
         if self._spec is not None:
@@ -101,6 +104,7 @@ class Passion:
             self.strategy.check(self.bound)
             if self._needs_heads(self.bound):
                 self.heads = example_heads(self.bound, call)
+        claim(backbone, self)
 
     @classmethod
     def attach(cls, backbone: nn.Module, **options: Any) -> Passion:
@@ -132,11 +136,14 @@ class Passion:
     def detach(self) -> nn.Module:
         """Take everything off the backbone: no hook, no attribute, no changed ``forward`` is left.
 
+        A ``forward`` that somebody put around ours since then is theirs and stays; ours in it only passes calls on.
+
         Returns:
             The backbone.
         """
         self._modulation.remove()
-        if self._attached:
+        release(self.backbone, self)
+        if self._attached and self.backbone.__dict__.get("forward") == self._attached_forward:
             if self.previous_forward is None:
                 self.backbone.__dict__.pop("forward", None)
             else:
@@ -164,28 +171,27 @@ class Passion:
 
         Returns:
             What the backbone returns; with ``target`` a pair of that and the loss.
+
+        Raises:
+            UsageError: another thread is in a step of this model, or somebody took away the hooks of the last one.
+            InputError: the batch or the target is not usable.
         """
-        if self._step is not None:
-            self._step = None
-            self._warn_of_dropped_step()
-        self._modulation.remove()
-        check_heads(self.heads, self.backbone, single_call=target is not None)
-        call = BackboneCall(args, dict(kwargs))
-        self._inside = True
-        try:
+
+        def run() -> Any:
+            dropped, self._step = self._step, None
+            self._modulation.finish()
+            if dropped is not None:
+                self._notices.dropped_step()
+            check_heads(self.heads, self.backbone, single_call=target is not None)
+            call = BackboneCall(args, dict(kwargs))
             bound = self._settle(call)
             step = TrainingStep.run(bound, call, presence, self.config, self.heads, self.strategy)
             self._modulation.install(bound.encoders, self.strategy.standing_factors())
-        finally:
-            self._inside = False
-        self._step = step
-        if target is None:
-            return step.raw
-        try:
-            return step.raw, self.loss(target)
-        finally:
-            # In this style nobody comes back for the step, not even when the target was refused.
-            self._step = None
+            self._step = step
+            return step.raw if target is None else (step.raw, self.loss(target))
+
+        # Nobody comes back for a step that failed, not even where only the target was refused.
+        return one_at_a_time(self._inside, run, on_error=self._drop_step)
 
     def loss(self, target: Tensor) -> Tensor:
         """Return the loss of the last forward, to be added to the user's own.
@@ -198,7 +204,8 @@ class Passion:
             A scalar tensor with gradient.
 
         Raises:
-            UsageError: there was no training forward since the last call.
+            UsageError: there was no training forward since the last call, it was in another thread, or somebody took
+                its hooks away.
             InputError: the target has the wrong shape, dtype or content.
         """
         if self._step is None:
@@ -208,17 +215,19 @@ class Passion:
             )
         step, strategy = self._step, self.strategy
         labels = step.labels(target)
-        loss = strategy.loss(step, labels)
-        factors = strategy.factors(step, labels)
-        if factors:
-            strategy.record(factors)
-            self._modulation.install(step.bound.encoders, factors, noise=strategy.noise)
+        # Only a target that was refused may be handed over again: after this the distances have been counted.
         self._step = None
-        if loss is None:
-            loss = torch.zeros((), device=labels.device)
-        loss = step.with_idle(loss)
-        # A batch without students still gives something to call backward on.
-        return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
+        try:
+            self._modulation.check()
+            loss = strategy.loss(step, labels)
+            factors = strategy.factors(step, labels)
+            if factors:
+                strategy.record(factors)
+                self._modulation.install(step.bound.encoders, factors, noise=strategy.noise)
+        except BaseException:
+            self._drop_step()
+            raise
+        return differentiable(step.with_idle(torch.zeros((), device=labels.device) if loss is None else loss))
 
     def loss_terms(self) -> LossTerms:
         """Return the terms of the last step, per sample and modality.
@@ -239,14 +248,17 @@ class Passion:
               ``unimodal`` (see :class:`LossTerms`) and ``gate``, the fraction of open gates;
             * last step of a strategy that scales encoders or terms: ``factor``;
             * last epoch that ended since the model was made: ``beta`` (for such a strategy its mean factor, 1 where
-              it had none), ``relative_preference`` and ``epoch_distance`` where measured, and ``epoch``, from 0.
+              it had none), ``relative_preference`` and ``epoch_distance`` where measured, ``skipped`` where comparisons
+              were left out because they were not finite, and ``epoch``, from 0.
         """
         last = {} if self._last_epoch is None else epoch_metrics(self._last_epoch)
         return {**self.strategy.step_metrics(), **last}
 
     def end_epoch(self) -> Preference:
         """Update the preference, or what the strategy keeps; to be called once per epoch, on every rank."""
+        self._modulation.check()
         self._last_epoch = self.strategy.end_epoch()
+        self._notices.skipped(self._last_epoch)
         return self._last_epoch
 
     @contextmanager
@@ -274,8 +286,9 @@ class Passion:
 
     def should_distil(self, training: bool) -> bool:
         """Whether a forward has anything to do beyond calling the backbone."""
-        off = self._detached or self._disabled or self._inside
-        return training and not off and torch.is_grad_enabled()
+        # A pass of this thread may come by here again; another thread must not get a step without students unawares.
+        inside = self._inside and self._inside.get("thread") == threading.get_ident()
+        return training and not (self._detached or self._disabled or inside) and torch.is_grad_enabled()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is ours and nothing of the backbone."""
@@ -291,7 +304,17 @@ class Passion:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running step: graph tensors can be neither copied nor pickled."""
-        return {**self.__dict__, "_step": None, "_modulation": EncoderModulation()}
+        return {**self.__dict__, "_step": None, "_inside": {}, "_modulation": EncoderModulation()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take charge of the backbone that was copied or unpickled with this engine."""
+        self.__dict__.update(state)
+        if not self._detached:
+            claim(self.backbone, self)
+
+    def _drop_step(self) -> None:
+        self._step = None
+        self._modulation.remove()
 
     def _settle(self, call: BackboneCall) -> BoundBackbone:
         """Return the backbone with its spec, after detection and checks on the first call."""
@@ -300,26 +323,12 @@ class Passion:
             bound = settled_backbone(self.backbone, call, self.modalities, self._spec, self.config, forward)
             self.strategy.check(bound)
             if self._needs_heads(bound):
-                raise BackboneError(
-                    "this backbone cannot let a single modality through, so its students are heads with "
-                    "parameters of their own, which must exist before the optimizer is made: pass "
-                    "example_input= and example_mask= when you wrap it"
-                )
+                refuse_late_heads()
             self.bound = bound
         return self.bound
 
     def _needs_heads(self, bound: BoundBackbone) -> bool:
         return self.strategy.students == "trained" and bound.spec.students == "heads"
-
-    def _warn_of_dropped_step(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "forward ran again before passion_loss of the previous forward was taken; that step is dropped. "
-                "Use passion_disabled() for passes that are not trained on",
-                PassionWarning,
-                stacklevel=4,
-            )
 
     def _bare_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous_forward is not None:
@@ -336,10 +345,3 @@ class Passion:
         if self.should_distil(self.backbone.training):
             return self.train_forward(args, kwargs, passion_target, passion_presence)
         return self.bare_result(self._bare_forward(*args, **kwargs), passion_target)
-
-
-def has_engine(backbone: Any) -> bool:
-    """Whether ``backbone`` is a wrapper, or has an engine attached."""
-    attributes = getattr(backbone, "__dict__", {})
-    owner = getattr(attributes.get("forward"), "__self__", None)
-    return isinstance(owner, Passion) or isinstance(attributes.get("passion"), Passion)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passion_plugin.errors import ConfigError, InputError
+from passion_plugin.errors import BackboneError, ConfigError, InputError
 from passion_plugin.passes import Prediction
 
 __all__ = ["UnimodalHead"]
@@ -98,3 +99,15 @@ def build_heads(features: dict[str, list[Tensor]], prediction: Prediction, dtype
             raise ConfigError(f"the encoder of {modality!r} puts out no feature map to set a UnimodalHead on")
         heads.append(UnimodalHead(channels, prediction.logits.shape[1], ndim))
     return heads.to(prediction.features.device, dtype)
+
+
+def refuse_late_heads() -> NoReturn:
+    """Say that heads cannot be made in the middle of a training.
+
+    Raises:
+        BackboneError: always.
+    """
+    raise BackboneError(
+        "this backbone cannot let a single modality through, so its students are heads with parameters of their own, "
+        "which must exist before the optimizer is made: pass example_input= and example_mask= when you wrap it"
+    )

@@ -49,7 +49,8 @@ def is_of_an_epoch(key: str) -> bool:
 def epoch_metrics(report: Preference) -> dict[str, float]:
     """Return what is logged of an epoch that ended: ``epoch`` and, by modality, :data:`EPOCH_QUANTITIES`.
 
-    The relative preference and the distance of a modality that was not measured are left out.
+    The relative preference and the distance of a modality that was not measured are left out. ``skipped/…`` is there
+    where comparisons were left out because they were not finite.
     """
     rows = report.as_dict()
     measured = {name: row for name, row in rows.items() if not math.isnan(row["distance"])}
@@ -58,6 +59,9 @@ def epoch_metrics(report: Preference) -> dict[str, float]:
         "relative_preference": {name: row["relative_preference"] for name, row in measured.items()},
         "epoch_distance": {name: row["distance"] for name, row in measured.items()},
     }
+    if report.skipped is not None:
+        counts = zip(report.modalities, report.skipped.tolist(), strict=True)
+        by_name["skipped"] = {name: count for name, count in counts if count}
     return {"epoch": float(report.epoch), **flat(by_name)}
 
 

@@ -26,8 +26,10 @@ class _Scale:
 
     def __init__(self, coefficient: Tensor) -> None:
         self.coefficient = coefficient
+        self.acted = False
 
     def __call__(self, gradient: Tensor) -> Tensor:
+        self.acted = True
         return gradient * self.coefficient.to(gradient)
 
 
@@ -68,7 +70,7 @@ class EncoderModulation:
     """Scales everything that reaches the parameters of each encoder, from every loss (OGM-GE's rule)."""
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        self._handles: list[tuple[_Scale, Any]] = []
 
     def install(
         self,
@@ -99,11 +101,32 @@ class EncoderModulation:
                     f"encoders cannot be scaled: use DistributedDataParallel, modulation='distillation', or another "
                     f"strategy"
                 )
-            self._handles += [parameter.register_hook(hook) for parameter in parameters.values()]
+            for parameter in parameters.values():
+                # One by one, so that a Ctrl-C in between leaves none that is not known.
+                self._handles.append((hook, parameter.register_hook(hook)))
+
+    def check(self) -> None:
+        """Raise when somebody else took hooks away before they acted; once, the others are removed too.
+
+        Raises:
+            UsageError: the gradients of this step were not, or will not be, scaled.
+        """
+        if any(not hook.acted and handle.id not in (handle.hooks_dict_ref() or ()) for hook, handle in self._handles):
+            self.remove()
+            raise UsageError(
+                "the hooks that scale the gradients of the encoders were taken off their parameters before they acted: "
+                "something clears the hooks of all tensors, or replaced parameters, between forward and backward. Do "
+                "that before forward or after backward"
+            )
+
+    def finish(self) -> None:
+        """Take all hooks away when their step is over, and check that they were there."""
+        self.check()
+        self.remove()
 
     def remove(self) -> None:
         """Take all hooks away."""
-        for handle in self._handles:
+        for _, handle in self._handles:
             handle.remove()
         self._handles = []
 

@@ -18,7 +18,7 @@ from passion_plugin.passes import Prediction
 from passion_plugin.students import Student
 from passion_plugin.targets import resize_labels
 
-__all__ = ["LossTerms", "collect_terms", "distillation_terms", "passion_objective", "unimodal_loss"]
+__all__ = ["LossTerms", "collect_terms", "differentiable", "distillation_terms", "passion_objective", "unimodal_loss"]
 
 _TERMS = ("pixel", "prototype", "distance", "unimodal")
 
@@ -159,6 +159,11 @@ def unimodal_loss(logits: Tensor, labels: Tensor, config: PassionConfig, outputs
     return segmentation_loss(
         logits, labels, mode=config.mode, outputs=outputs, check_values=False, backend=config.backend
     )
+
+
+def differentiable(loss: Tensor) -> Tensor:
+    """Return the loss, with something to call backward on where a batch had no students."""
+    return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
 
 
 def passion_objective(

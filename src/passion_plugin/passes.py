@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.errors import BackboneError
-from passion_plugin.random_state import random_state, set_random_state
+from passion_plugin.overrides import overridden_forward
+from passion_plugin.random_state import kept_random_state, random_state, set_random_state
 from passion_plugin.skipping import skipping
-from passion_plugin.taps import FeatureRecord, Segment, Tap, overridden_forward
+from passion_plugin.taps import FeatureRecord, Segment, Tap
 
 __all__ = ["FusedPass", "Prediction", "Skip", "fused_pass", "student_pass"]
 
@@ -128,7 +129,8 @@ def fused_pass(
         raw = bound.run(given)
     if torch.is_grad_enabled() and replayed:
         record.check_trainable()
-    absent = _absent_record(bound, call, len(presence)) if bound.spec.students == "mixed" else None
+    with kept_random_state(keep_random_state):
+        absent = _absent_record(bound, call, len(presence)) if bound.spec.students == "mixed" else None
     return FusedPass(call, len(presence), raw, _prediction(taps), record, absent)
 
 

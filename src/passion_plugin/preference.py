@@ -132,6 +132,7 @@ class PreferenceEstimator(nn.Module):
         self._beta = torch.ones(size, dtype=torch.float64)
         self._sums = torch.zeros(size, dtype=torch.float64)
         self._counts = torch.zeros(size, dtype=torch.float64)
+        self._skipped = torch.zeros(size, dtype=torch.float64)
 
     @property
     def beta(self) -> Tensor:
@@ -195,13 +196,15 @@ class PreferenceEstimator(nn.Module):
         Raises:
             InputError: as in :meth:`relative_preference`.
         """
-        distance, presence, usable = usable_distances(distance, presence, self.modalities)
+        distance, presence, finite = usable_distances(distance, presence, self.modalities)
+        usable = finite
         if self.mode == "default":
             alone = presence.sum(1, keepdim=True) == 1
             usable = usable & ~(alone & (distance == 0))
         self._move(distance.device)
         self._sums = self._sums + distance.to(self._sums.dtype).sum(0)
         self._counts = self._counts + usable.to(self._counts.dtype).sum(0)
+        self._skipped = self._skipped + (presence & ~finite).to(self._counts.dtype).sum(0)
         self.samples_seen += distance.shape[0]
 
     @torch.no_grad()
@@ -222,7 +225,7 @@ class PreferenceEstimator(nn.Module):
         Raises:
             UsageError: in every process, when they do not close the same epoch of the same modalities.
         """
-        sums, counts, samples = self._totals(reduce)
+        sums, counts, skipped, samples = self._totals(reduce)
         if update_beta and self.epoch % self.eta_every == 0:
             self._growths += 1
         measured = counts > 0
@@ -231,22 +234,24 @@ class PreferenceEstimator(nn.Module):
             divisor = self.presence_counts
         mean = torch.where(measured, sums / divisor, math.nan)
         preference = torch.zeros_like(sums)
-        if not measured.any():
-            self._warn_empty(samples)
-        elif mean[measured].sum() > 0:
+        empty = not bool(measured.any())
+        if not empty and mean[measured].sum() > 0:
             preference[measured] = 1 - mean[measured] / mean[measured].mean()
             if update_beta:
                 self._beta = self._step(preference, measured).to(self._beta)
         report = (self._beta.to("cpu", torch.float64, copy=True), preference, mean, counts)
         ended, self.epoch, self.samples_seen = self.epoch, self.epoch + 1, 0
-        self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
-        return Preference(self.modalities, ended, *report, eta=self.eta)
+        self._sums, self._counts, self._skipped = (torch.zeros_like(self._sums) for _ in range(3))
+        if empty:
+            # Last, so that the epoch is closed where warnings are errors, too.
+            self._warn_empty(ended, samples)
+        return Preference(self.modalities, ended, *report, eta=self.eta, skipped=skipped)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the state as tensors, numbers and names, readable with ``torch.load(weights_only=True)``.
 
         In the middle of an epoch the sums are those of this process only; save between epochs, or save one
-        state per process.
+        state per process. What was skipped so far is not part of it.
         """
         return {
             "version": _STATE_VERSION,
@@ -294,6 +299,7 @@ class PreferenceEstimator(nn.Module):
         self._beta = state["beta"].to(self._beta, copy=True)
         self._sums = state["sums"].to(self._sums, copy=True)
         self._counts = state["counts"].to(self._counts, copy=True)
+        self._skipped = torch.zeros_like(self._sums)
 
     def extra_repr(self) -> str:
         """Return what ``print(module)`` shows."""
@@ -314,18 +320,19 @@ class PreferenceEstimator(nn.Module):
     def _move(self, device: torch.device) -> None:
         if self._sums.device != device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._beta, self._sums, self._counts = (
-                tensor.to(device, dtype) for tensor in (self._beta, self._sums, self._counts)
+            self._beta, self._sums, self._counts, self._skipped = (
+                tensor.to(device, dtype) for tensor in (self._beta, self._sums, self._counts, self._skipped)
             )
 
-    def _totals(self, reduce: bool) -> tuple[Tensor, Tensor, int]:
-        """Return sums (M,), counts (M,) and the number of samples, over all processes, on the CPU."""
-        stacked = torch.cat((self._sums, self._counts, self._sums.new_tensor([self.samples_seen])))
+    def _totals(self, reduce: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return sums, counts and skipped distances, (M,) each, and the number of samples, over all processes."""
+        samples = self._sums.new_tensor([self.samples_seen])
+        stacked = torch.cat((self._sums, self._counts, self._skipped, samples))
         totals = summed(stacked, f"epoch {self.epoch} of {self.modalities}") if reduce else stacked.cpu().double()
-        size = len(self.modalities)
-        return totals[:size].clone(), totals[size : 2 * size].clone(), int(totals[-1])
+        sums, counts, skipped = totals[:-1].view(3, -1).clone()
+        return sums, counts, skipped, int(totals[-1])
 
-    def _warn_empty(self, samples: int) -> None:
+    def _warn_empty(self, epoch: int, samples: int) -> None:
         if self._warned_empty:
             return
         self._warned_empty = True
@@ -336,5 +343,5 @@ class PreferenceEstimator(nn.Module):
             else "no distance was recorded; compute the PASSION loss of every training batch before "
             "end_epoch(), in train() mode, and call end_epoch() once per epoch"
         )
-        message = f"end_epoch() closed epoch {self.epoch}, which was empty: {cause}. Beta stays as it is."
+        message = f"end_epoch() closed epoch {epoch}, which was empty: {cause}. Beta stays as it is."
         warnings.warn(message, PassionWarning, stacklevel=4)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor
 
-__all__ = ["random_state", "set_random_state"]
+from passion_plugin.overrides import undone
+
+__all__ = ["kept_random_state", "random_state", "set_random_state"]
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:
@@ -20,3 +26,13 @@ def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def kept_random_state(keep: bool) -> Iterator[None]:
+    """Leave the generators as they are now when the context ends, after an exception too; or do nothing."""
+    if not keep:
+        yield
+        return
+    with undone(partial(set_random_state, random_state())):
+        yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from passion_plugin.errors import BackboneError
-from passion_plugin.taps import Handler
+from passion_plugin.overrides import Handler
 from passion_plugin.zeros import Shape, zeros_of
 
 __all__ = ["Layouts", "skipping"]

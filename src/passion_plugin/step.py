@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ class TrainingStep:
         image_size: spatial size of the images, None when unknown.
         features: outputs of the encoders by modality, with gradient; empty unless the strategy needs them.
         idle: what the loss has to depend on, although this batch has no use for it: :meth:`with_idle`.
+        thread: identity of the thread that ran the forward.
     """
 
     bound: BoundBackbone
@@ -55,6 +57,7 @@ class TrainingStep:
     image_size: tuple[int, ...] | None
     features: Mapping[str, list[Tensor]]
     idle: tuple[Tensor, ...] = ()
+    thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
     def run(
@@ -152,9 +155,14 @@ class TrainingStep:
             int64 labels (B, *spatial) or masks (B, K, *spatial), on the device of the prediction.
 
         Raises:
-            UsageError: the prediction was changed in place since the forward.
+            UsageError: the prediction was changed in place since the forward, or that was called in another thread.
             InputError: the target has the wrong shape, dtype or content.
         """
+        if self.thread != threading.get_ident():
+            raise UsageError(
+                "the forward that waits for its passion_loss was called in another thread: call both in one thread, "
+                "or forward(..., passion_target=target) in their place"
+            )
         logits = self.teacher.logits
         if logits._version != self.version:
             raise UsageError(

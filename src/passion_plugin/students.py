@@ -14,7 +14,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.heads import feature_maps
 from passion_plugin.passes import FusedPass, Prediction, student_pass
-from passion_plugin.random_state import random_state, set_random_state
+from passion_plugin.random_state import kept_random_state
 from passion_plugin.taps import Segment
 
 __all__ = ["Student", "active_students", "run_students", "with_stand_ins"]
@@ -78,17 +78,15 @@ def run_students(
     """
     if bound.spec.students == "heads":
         return [_head_student(bound, fused, heads, segment) for segment in segments]
-    after = random_state() if config.share_random_state else None
     groups = [list(segments)] if config.stack_students and segments else [[segment] for segment in segments]
     students = []
-    for group in groups:
-        predictions = _run(bound, fused, group, config)
-        students += [
-            Student(segment.modalities, segment.rows, prediction)
-            for segment, prediction in zip(group, predictions, strict=True)
-        ]
-    if after is not None:
-        set_random_state(after)
+    with kept_random_state(config.share_random_state):
+        for group in groups:
+            predictions = _run(bound, fused, group, config)
+            students += [
+                Student(segment.modalities, segment.rows, prediction)
+                for segment, prediction in zip(group, predictions, strict=True)
+            ]
     return students
 
 

@@ -1,15 +1,10 @@
-"""Listening to modules of a backbone, and answering for them: names, forward overrides, record and replay.
-
-Everything here acts through ``module.forward`` of single instances, inside a context manager that puts the
-old one back whatever happens. Hooks would not do: those added after ``torch.compile`` never fire, and the
-replicas of ``DataParallel`` share one dictionary of hooks.
-"""
+"""Listening to modules of a backbone, and answering for them: names, taps, record and replay."""
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from passion_plugin.errors import BackboneError, suggest
+from passion_plugin.overrides import Handler, overridden_forward
 from passion_plugin.random_state import random_state
 
-__all__ = ["FeatureRecord", "Segment", "Tap", "overridden_forward", "resolve_module"]
-
-Handler = Callable[..., Any]
+__all__ = ["FeatureRecord", "Segment", "Tap", "resolve_module"]
 
 _LEAVES = (Tensor, int, float, complex, str, type(None))
 
@@ -85,27 +79,6 @@ def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
         return None, f"{name!r} matches several modules: {matches}. Give more of the dotted name"
     close = suggest(name, known) or suggest(name, {path.rpartition(".")[2] for path in known})
     return None, f"there is no module {name!r}.{close}"
-
-
-@contextmanager
-def overridden_forward(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
-    """Answer for some modules while the context is open.
-
-    Args:
-        handlers: for each module a function ``(original_forward, *args, **kwargs) -> output``.
-    """
-    before = {module: module.__dict__.get("forward") for module in handlers}
-    try:
-        for module, handler in handlers.items():
-            # Written past __setattr__, which a backbone may have customised.
-            module.__dict__["forward"] = functools.partial(handler, module.forward)
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
 
 
 class Tap:

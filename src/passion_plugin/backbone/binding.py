@@ -14,8 +14,9 @@ from passion_plugin.backbone.inputs import batch_size, blank, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.overrides import overridden_forward, undone
 from passion_plugin.skipping import Layouts
-from passion_plugin.taps import overridden_forward, resolve_module
+from passion_plugin.taps import resolve_module
 
 __all__ = ["BoundBackbone"]
 
@@ -262,7 +263,15 @@ def _leaves(x: Any) -> list[Tensor]:
 @contextmanager
 def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     before: list[tuple[nn.Module, str, bool, Any]] = []
-    try:
+
+    def put_back() -> None:
+        for module, attribute, covers, value in reversed(before):
+            if covers:
+                module.__dict__.pop(attribute, None)
+            else:
+                setattr(module, attribute, value)
+
+    with undone(put_back):
         for name, value in values.items():
             owner, _, attribute = name.rpartition(".")
             module = backbone.get_submodule(owner)
@@ -273,12 +282,6 @@ def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None
             before.append((module, attribute, covers, getattr(module, attribute)))
             setattr(module, attribute, value)
         yield
-    finally:
-        for module, attribute, covers, value in reversed(before):
-            if covers:
-                delattr(module, attribute)
-            else:
-                setattr(module, attribute, value)
 
 
 @contextmanager
@@ -289,11 +292,13 @@ def _resting_buffers(backbone: nn.Module) -> Iterator[None]:
     the momentum of normalisation layers to zero would not do: 0 × NaN poisons the statistics.
     """
     before = [(module._buffers, dict(module._buffers)) for module in backbone.modules() if module._buffers]
-    try:
-        for buffers, originals in before:
-            buffers.update({name: None if value is None else value.clone() for name, value in originals.items()})
-        yield
-    finally:
+
+    def put_back() -> None:
         for buffers, originals in before:
             buffers.clear()
             buffers.update(originals)
+
+    with undone(put_back):
+        for buffers, originals in before:
+            buffers.update({name: None if value is None else value.clone() for name, value in originals.items()})
+        yield

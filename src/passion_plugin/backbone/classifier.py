@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passion_plugin.taps import Handler
+from passion_plugin.overrides import Handler
 
 __all__ = ["ClassifierSearch", "Match", "follows"]
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from passion_plugin.backbone.classifier import ClassifierSearch
 from passion_plugin.backbone.probe import Probe, prediction_of, rival_predictions
-from passion_plugin.taps import Handler, overridden_forward
+from passion_plugin.overrides import Handler, overridden_forward
 
 __all__ = ["Detection", "Encoders", "detect"]
 

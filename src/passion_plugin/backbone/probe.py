@@ -17,7 +17,7 @@ from passion_plugin.backbone.masks import MaskCodec, codec_for
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
-from passion_plugin.taps import Handler, overridden_forward
+from passion_plugin.overrides import Handler, overridden_forward
 
 __all__ = ["Interface", "Probe", "prediction_of", "relative_difference", "rival_predictions"]
 

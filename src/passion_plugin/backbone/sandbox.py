@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from passion_plugin.overrides import undone
 from passion_plugin.random_state import random_state, set_random_state
 
 __all__ = ["lazy_parameters", "reseed", "sandbox", "untouched_modes"]
@@ -54,24 +55,25 @@ def sandbox(backbone: nn.Module) -> Iterator[None]:
     """
     state = _Snapshot(backbone)
     before = random_state(), random.getstate(), np.random.get_state()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for kind in {"cpu", *(parameter.device.type for parameter in backbone.parameters())} - {"meta"}:
-                if torch.amp.is_autocast_available(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            if torch.cuda.is_initialized():
-                # Faster algorithms that round differently from one call to the next would look like effects.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
-            if hasattr(torch.compiler, "set_stance"):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            backbone.eval()
-            yield
-    finally:
+
+    def put_back() -> None:
         state.restore()
         set_random_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])
+
+    with undone(put_back), ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(parameter.device.type for parameter in backbone.parameters())} - {"meta"}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.cuda.is_initialized():
+            # Faster algorithms that round differently from one call to the next would look like effects.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        backbone.eval()
+        yield
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from passion_plugin.backbone.probe import Probe, prediction_of, relative_differe
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
+from passion_plugin.overrides import Handler, overridden_forward
 from passion_plugin.passes import FusedPass, Prediction, Skip, fused_pass, student_pass
 from passion_plugin.reentrant import passes_reentrant, reentrant_problem
-from passion_plugin.taps import FeatureRecord, Handler, Segment, overridden_forward
+from passion_plugin.taps import FeatureRecord, Segment
 
 __all__ = [
     "GradientPaths",

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from passion_plugin.engine import Passion, has_engine
+from passion_plugin.claims import engine_of
+from passion_plugin.engine import Passion
 from passion_plugin.errors import UsageError
 from passion_plugin.wrapper import PassionWrapper
 
@@ -34,11 +35,16 @@ def find_engine(model: Any) -> Passion:
     if isinstance(model, Passion):
         return model
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    found = {name: _engine(module) for name, module in modules if has_engine(module)}
-    if len({id(engine) for engine in found.values()}) == 1:
-        return next(iter(found.values()))
+    found: dict[int, tuple[str, Passion]] = {}
+    for name, module in modules:
+        engine = module.passion if isinstance(module, PassionWrapper) else engine_of(module)
+        if engine is not None:
+            found.setdefault(id(engine), (name, engine))
+    if len(found) == 1:
+        ((_, only),) = found.values()
+        return only
     if found:
-        names = ", ".join(repr(name) for name in found)
+        names = ", ".join(repr(name) for name, _ in found.values())
         raise UsageError(
             f"there are {len(found)} engines in this {type(model).__name__}: {names}; pass the one you mean"
         )
@@ -46,8 +52,3 @@ def find_engine(model: Any) -> Passion:
         f"there is no PassionWrapper in this {type(model).__name__}, and no engine attached: wrap the network before "
         "the trainer gets it, or pass the wrapper or the Passion object itself"
     )
-
-
-def _engine(module: nn.Module) -> Passion:
-    engine: Passion = module.passion if isinstance(module, PassionWrapper) else module.__dict__["forward"].__self__
-    return engine

@@ -16,7 +16,7 @@ from passion_plugin.errors import ConfigError
 from passion_plugin.parallel import summed
 from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
-from passion_plugin.strategies.scores import compared, true_class_loss
+from passion_plugin.strategies.scores import comparable, compared, true_class_loss
 from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["AGM", "mono_modal_responses"]
 
 _LARGEST_EXPONENT = 7.0
+_LARGEST_DIFFERENCE = 80.0  # whose exponential is still a number in float32
 
 
 def mono_modal_responses(step: TrainingStep) -> list[Tensor]:
@@ -130,17 +131,20 @@ class AGM(Strategy):
         outputs = step.bound.spec.outputs
         responses = mono_modal_responses(step)
         scores = torch.stack([true_class_loss(response, labels, outputs) for response in responses], dim=1)
-        active = step.active.to(scores.device)
+        self.skip(step.active, scores)
+        active = comparable(scores, step.active)
         number = active.sum(1, keepdim=True)
         mean = torch.where(active, scores, 0).sum(1, keepdim=True) / number.clamp(min=1)
         ahead = torch.where(active, (mean - scores) * number / (number - 1).clamp(min=1), 0)
-        difference = ahead.sum(0) / active.sum(0).clamp(min=1)
+        difference = (ahead.sum(0) / active.sum(0).clamp(min=1)).clamp(-_LARGEST_DIFFERENCE, _LARGEST_DIFFERENCE)
         self._mean = self._mean.to(difference)
         kappa = torch.exp(self.alpha * (self._mean.exp() - difference.exp()).clamp(max=_LARGEST_EXPONENT))
-        measured = step.active.any(0)
-        self._steps += measured
+        measured = active.any(0)
+        self._steps = self._steps.to(difference) + measured
         rate = torch.where(measured, 1 / self._steps.clamp(min=1), 0)
-        self._mean = self._mean + rate.to(difference) * (difference - self._mean)
+        self._mean = self._mean + rate * (difference - self._mean)
+        # Where nothing could be compared the factor is that of a modality that is where it always was.
+        kappa = torch.where(measured, kappa, 1)
         return {name: kappa[column] for column, name in compared(step)}
 
     def end_epoch(self) -> Preference:

@@ -78,6 +78,7 @@ class Strategy:
         self.config, self.rarity = config, rarity
         self._sums = torch.zeros(len(self.modalities))
         self._counts = torch.zeros(len(self.modalities))
+        self._skipped = torch.zeros(len(self.modalities))
         self._last_factors: dict[str, Tensor] = {}
 
     def check(self, bound: BoundBackbone) -> None:
@@ -144,6 +145,16 @@ class Strategy:
             self._sums[column] += factor.detach()
             self._counts[column] += 1
 
+    def skip(self, active: Tensor, scores: Tensor) -> None:
+        """Count the scores that are not finite, for what :meth:`end_epoch` reports; nothing waits for the device.
+
+        Args:
+            active: bool (B, M), where there is a score.
+            scores: (B, M).
+        """
+        broken = active.to(scores.device) & ~scores.isfinite()
+        self._skipped = self._skipped.to(scores.device) + broken.sum(0)
+
     def step_metrics(self) -> dict[str, float]:
         """Return numbers of the last step for a logger; only here the device is waited for.
 
@@ -167,13 +178,13 @@ class Strategy:
             ``beta`` is the mean factor of each modality over the steps of the epoch that had one (1 where none
             had), ``counts`` their number; a rule that updates weights reports those instead.
         """
-        stacked = torch.cat([self._sums.cpu().double(), self._counts.double()])
-        sums, counts = summed(stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}").chunk(2)
+        stacked = torch.cat([tensor.cpu().double() for tensor in (self._sums, self._counts, self._skipped)])
+        sums, counts, skipped = summed(stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}").chunk(3)
         mean = torch.where(counts > 0, sums / counts, 1)
         unknown = torch.full_like(mean, math.nan)
-        report = Preference(self.modalities, self.epoch, mean, torch.zeros_like(mean), unknown, counts)
+        report = Preference(self.modalities, self.epoch, mean, torch.zeros_like(mean), unknown, counts, skipped=skipped)
         self.epoch += 1
-        self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)
+        self._sums, self._counts, self._skipped = (torch.zeros(len(self.modalities)) for _ in range(3))
         return report
 
     def settings(self) -> dict[str, Any]:

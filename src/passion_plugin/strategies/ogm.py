@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passion_plugin.errors import ConfigError
 from passion_plugin.strategies.base import Strategy
-from passion_plugin.strategies.scores import by_modality, compared, ratio_to_others, true_class_probability
+from passion_plugin.strategies.scores import by_modality, comparable, compared, ratio_to_others, true_class_probability
 from passion_plugin.students import active_students
 from passion_plugin.taps import Segment
 
@@ -68,6 +68,7 @@ class OGMGE(Strategy):
         """Return k of the modalities that can be compared; see :meth:`Strategy.factors`."""
         outputs = step.bound.spec.outputs
         scores = by_modality(step, labels, lambda logits, target: true_class_probability(logits, target, outputs))
-        rho = ratio_to_others(scores, step.active.to(scores.device))
+        self.skip(step.active, scores)
+        rho = ratio_to_others(scores, comparable(scores, step.active))
         k = torch.where(rho > 1, 1 - torch.tanh(self.alpha * rho), 1)
         return {name: k[column] for column, name in compared(step)}

@@ -94,12 +94,14 @@ class PassionRule(Strategy):
     def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """Return the objective, and count the distances for the end of the epoch."""
         terms = step.terms(labels, self.config, self.preference)
+        beta = self.preference.beta.to(terms.pixel.device)
+        rarity = self.rarity.weights if self.config.rarity_weights else (1.0,) * len(self.modalities)
+        loss = passion_objective(terms, rarity, beta, self.config, warming_up=self.warming_up)
+        # Counted when nothing can fail any more: an exception leaves the preference as it was.
         self.preference.update(terms.distance, step.presence.to(terms.distance.device))
         self._terms = terms.detached()
         self._remind_of_epochs()
-        beta = self.preference.beta.to(terms.pixel.device)
-        rarity = self.rarity.weights if self.config.rarity_weights else (1.0,) * len(self.modalities)
-        return passion_objective(terms, rarity, beta, self.config, warming_up=self.warming_up)
+        return loss
 
     def standing_factors(self) -> dict[str, Tensor]:
         """Return beta where ``modulation="encoder"`` puts it on encoders; it only changes with the epoch."""

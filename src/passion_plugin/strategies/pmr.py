@@ -14,7 +14,13 @@ from passion_plugin.heads import feature_maps
 from passion_plugin.rarity import Rarity
 from passion_plugin.state_checks import listed
 from passion_plugin.strategies.base import Strategy
-from passion_plugin.strategies.scores import compared, ratio_to_others, true_class_loss, true_class_probability
+from passion_plugin.strategies.scores import (
+    comparable,
+    compared,
+    ratio_to_others,
+    true_class_loss,
+    true_class_probability,
+)
 from passion_plugin.targets import resize_labels
 
 if TYPE_CHECKING:
@@ -127,7 +133,9 @@ class PMR(Strategy):
             scores[rows, column] = true_class_probability(similarity.detach(), labels[rows], "softmax").to(scores)
             entropies[column] = true_class_loss(similarity, labels[rows], "softmax").mean()
             spreads[column] = _entropy(similarity)
-        rho = ratio_to_others(scores, step.active.to(scores.device))
+        self.skip(step.active, scores)
+        usable = comparable(scores, step.active)
+        rho = torch.where(usable.any(0), ratio_to_others(scores, usable), 1)
         beta, gamma = (1 / rho - 1).clamp(0, 1), (rho - 1).clamp(0, 1)
         self.record({name: beta[column] for column, name in columns})
         terms = [self.alpha * beta[column] * entropies[column] for column, _ in columns]
@@ -145,8 +153,10 @@ class PMR(Strategy):
         before = self._prototypes.get(name, torch.zeros_like(mean)).to(mean)
         seen = self._seen.get(name, torch.zeros_like(counts, dtype=torch.bool)).to(mean.device)
         moved = torch.where(seen, self.momentum * before + (1 - self.momentum) * mean, mean)
-        self._prototypes[name] = torch.where(counts > 0, moved, before)
-        self._seen[name] = seen | (counts > 0)
+        # A feature that overflowed spoils the mean of its class in this batch, and must not spoil it for good.
+        learnt = (counts > 0) & mean.isfinite().all(1, keepdim=True)
+        self._prototypes[name] = torch.where(learnt, moved, before)
+        self._seen[name] = seen | learnt
 
     def _similarity(self, name: str, features: Tensor) -> Tensor:
         """Return minus the distances to the prototypes, (n, K, *spatial): logits of a softmax."""

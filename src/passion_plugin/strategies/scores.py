@@ -15,7 +15,7 @@ from passion_plugin.targets import resize_labels
 if TYPE_CHECKING:
     from passion_plugin.step import TrainingStep
 
-__all__ = ["by_modality", "compared", "ratio_to_others", "true_class_loss", "true_class_probability"]
+__all__ = ["by_modality", "comparable", "compared", "ratio_to_others", "true_class_loss", "true_class_probability"]
 
 
 def true_class_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> Tensor:
@@ -76,6 +76,27 @@ def by_modality(step: TrainingStep, labels: Tensor, score: Callable[[Tensor, Ten
 def compared(step: TrainingStep) -> list[tuple[int, str]]:
     """Return column and name of the modalities that some sample of the batch has beside another one."""
     return [(column, name) for column, name in enumerate(step.bound.modalities) if step.active[:, column].any()]
+
+
+def comparable(scores: Tensor, active: Tensor) -> Tensor:
+    """Return where a score is finite and another one of the same sample is too.
+
+    An overflow says nothing about a modality, and must not say it for the others of the batch, nor for later batches.
+
+    Args:
+        scores: (B, M).
+        active: bool (B, M): the sample has the modality and at least one other.
+
+    Returns:
+        bool (B, M), on the device of the scores.
+
+    Example:
+        >>> scores = torch.tensor([[0.5, 0.25, float("nan")], [0.5, float("inf"), 0.0]])
+        >>> comparable(scores, torch.tensor([[True, True, True], [True, True, False]])).tolist()
+        [[True, True, False], [False, False, False]]
+    """
+    usable = active.to(scores.device) & scores.isfinite()
+    return usable & (usable.sum(1, keepdim=True) > 1)
 
 
 def ratio_to_others(scores: Tensor, active: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""Which engine is in charge of which backbone: two at once would scale the same gradients twice."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+
+from passion_plugin.errors import UsageError
+
+__all__ = ["claim", "engine_of", "refuse_claimed", "release"]
+
+# Kept here and not on the backbone, which is never written to; an entry ends with its backbone or its engine.
+_ENGINES: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
+
+
+def refuse_claimed(backbone: nn.Module) -> None:
+    """Check that no engine is in charge of a backbone, of a module in it, or of one around it.
+
+    Raises:
+        UsageError: one is, and it still exists.
+    """
+    inside = set(backbone.modules())
+    for other in list(_ENGINES):
+        if engine_of(other) is not None and (other in inside or backbone in set(other.modules())):
+            where = "" if other is backbone else f", through the {type(other).__name__} in it or around it,"
+            raise UsageError(
+                f"this backbone{where} has a Passion engine already; unwrap() or detach() that first. Two engines "
+                f"would scale the same gradients twice: to compare them, give each a copy.deepcopy of the backbone"
+            )
+
+
+def claim(backbone: nn.Module, engine: Any) -> None:
+    """Put an engine in charge of a backbone, until it is released or either of them is gone."""
+    _ENGINES[backbone] = ref(engine)
+
+
+def release(backbone: nn.Module, engine: Any) -> None:
+    """Leave the backbone to whoever claims it next, if it is this engine that is in charge of it."""
+    if engine_of(backbone) is engine:
+        del _ENGINES[backbone]
+
+
+def engine_of(backbone: nn.Module) -> Any:
+    """Return the engine that is in charge of a backbone, None where there is none."""
+    reference = _ENGINES.get(backbone)
+    return None if reference is None else reference()
