@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import NAMES, MeanNet, batch, copies_gradients
-from passion_plugin import PassionConfig, PassionWrapper
+from passion_plugin import Passion, PassionConfig, PassionWrapper, Preference
 
 THREE = NAMES[:3]
 MIXED = [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
@@ -37,6 +37,43 @@ def wrap(net: Any, **config: Any) -> PassionWrapper:
     return PassionWrapper(net, THREE, missing_rates=(0.2, 0.4, 0.6), config=PassionConfig(eta=5.0, **config))
 
 
+class Attached:
+    """A backbone with an engine attached, to be used like a wrapper."""
+
+    def __init__(self, net: Any, run: Any, passion: Passion) -> None:
+        self.net, self.run, self.passion = net, run, passion
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def end_epoch(self) -> Preference:
+        """As the wrapper has it."""
+        return self.passion.end_epoch()
+
+    def zero_grad(self) -> None:
+        """As the wrapper has it."""
+        self.net.zero_grad()
+
+    def eval(self) -> Attached:
+        """As the wrapper has it."""
+        self.net.eval()
+        return self
+
+
+def attach(net: Any, **config: Any) -> Passion:
+    return Passion.attach(net, modalities=THREE, missing_rates=(0.2, 0.4, 0.6), config=PassionConfig(eta=5.0, **config))
+
+
+def attach_and_compile(net: Any, **config: Any) -> Any:
+    passion = attach(net, **config)
+    return Attached(net, compiled(net), passion)
+
+
+def compile_and_attach(net: Any, **config: Any) -> Any:
+    net.compile(backend="eager")
+    return Attached(net, net, attach(net, **config))
+
+
 def compile_encoders(net: Any, **config: Any) -> Any:
     for encoder in net.encoders.values():
         encoder.compile(backend="eager")
@@ -57,6 +94,8 @@ ROWS: dict[str, Callable[..., Any]] = {
     "`torch.compile(PassionWrapper(net, ...))`": lambda net, **config: compiled(wrap(net, **config)),
     "`PassionWrapper(torch.compile(net), ...)`": lambda net, **config: wrap(compiled(net), **config),
     "`net.compile()`, then wrap": compile_backbone_in_place,
+    "`Passion.attach(net, ...)`, then `torch.compile(net)`": attach_and_compile,
+    "`net.compile()`, then `Passion.attach(net, ...)`": compile_and_attach,
     "`encoder.compile()` for every encoder, then wrap": compile_encoders,
     "`decoder.compile()`, or another part, then wrap": compile_classifier,
 }
@@ -129,6 +168,26 @@ def test_compiled_evaluates_like_the_bare_network(row: str) -> None:
     model = ROWS[row](net)
     two_epochs(model)
     assert torch.equal(model.eval()(x, mask), bare(x, mask))
+
+
+@pytest.mark.parametrize("rule", ["passion-official", "ogm-ge", "agm", "pmr", "redcore"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_every_rule_gives_the_loss_and_gradients_of_eager(rule: str, when: str) -> None:
+    net = MeanNet(THREE)
+    plain = copy.deepcopy(net)
+    x, mask, y = batch(MIXED, side=8)
+    found = []
+    for module, compiling in ((plain, None), (net, when)):
+        inner = compiled(module) if compiling == "before" else module
+        wrapper = PassionWrapper(inner, THREE, missing_rates=(0.2, 0.4, 0.6), strategy=rule)
+        model = compiled(wrapper) if compiling == "after" else wrapper
+        prediction, loss = model(x, mask, passion_target=y)
+        torch.manual_seed(0)  # of the noise of OGM-GE
+        (F.cross_entropy(prediction, y) + loss).backward()
+        found.append((loss.detach(), copies_gradients(module)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient)
 
 
 def test_the_page_lists_what_is_tested() -> None:

@@ -1,20 +1,24 @@
-"""Number formats: losses in float32 under autocast, float64 all the way, half-precision weights."""
+"""Number formats and layouts: autocast, gradient scaling, whole models in one format, determinism, channels last."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
-from passion_plugin import PassionConfig, PassionWrapper
+from passion_plugin import PassionConfig, PassionWarning, PassionWrapper
 
 M = NAMES[:3]
 MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
+TOGETHER = [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
 RATES = (0.2, 0.5, 0.75)
+RULES = ("passion", "passion-official", "ogm-ge", "agm", "pmr", "redcore")
 
 
 def wrap(net: MeanNet, detected: bool = False, **config: Any) -> PassionWrapper:
@@ -142,4 +146,165 @@ def test_huge_logits_give_finite_terms_and_gradients(scale: float) -> None:
     for mode in ("default", "official"):
         model = wrap(net, mode=mode)
         model(x, mask, passion_target=y)[1].backward()
+        model.unwrap()
         assert all(bool(value.isfinite().all()) for value in copies_gradients(net).values())
+
+
+def ruled(net: MeanNet, rule: str) -> PassionWrapper:
+    return PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net), strategy=rule)
+
+
+class Scaled:
+    """A training in float16 with a gradient scaler, one batch at a time."""
+
+    def __init__(self, net: MeanNet, rule: str = "passion", *, init_scale: float = 2.0**8) -> None:
+        self.model = ruled(net, rule)
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+
+    def step(self, seed: int, *, brightness: float = 1.0) -> tuple[Tensor, bool]:
+        """Return the loss of ours, and whether the scaler left the step out."""
+        x, mask, y = batch(TOGETHER, seed=seed)
+        with torch.autocast("cpu", torch.float16):
+            prediction = self.model(x * brightness, mask)
+            loss = self.model.passion_loss(y)
+            total = F.cross_entropy(prediction.float(), y) + loss
+        before = self.scaler.get_scale()
+        self.scaler.scale(total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach(), self.scaler.get_scale() < before
+
+
+@pytest.mark.parametrize("rule", ["passion", "passion-official", "agm", "pmr", "redcore"])
+def test_a_batch_that_overflows_in_float16_is_as_if_it_had_not_been(rule: str) -> None:
+    net = MeanNet(M)
+    with_overflow, without = Scaled(net, rule), Scaled(copy.deepcopy(net), rule)
+    for seed in range(4):
+        assert not with_overflow.step(seed)[1]
+        assert not without.step(seed)[1]
+        if seed == 1:
+            _, skipped = with_overflow.step(9, brightness=1e6)  # finite in float32, infinite in float16
+            assert skipped
+    ours, theirs = (scaled.model.backbone.state_dict() for scaled in (with_overflow, without))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.warns(PassionWarning, match="NaN or infinite"):
+        found = with_overflow.model.end_epoch()
+    wanted = without.model.end_epoch()
+    assert found.beta.isfinite().all()
+    if rule in ("passion", "passion-official", "redcore"):
+        assert torch.equal(found.beta, wanted.beta)
+        assert torch.equal(found.counts, wanted.counts)
+        assert not torch.equal(found.beta, torch.ones(3, dtype=torch.float64))
+
+
+def test_noise_and_factors_survive_an_overflow_in_float16() -> None:
+    run = Scaled(MeanNet(M), "ogm-ge")
+    for seed in range(4):
+        run.step(seed, brightness=1e6 if seed == 1 else 1.0)
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    with pytest.warns(PassionWarning, match="NaN or infinite"):
+        assert run.model.end_epoch().beta.isfinite().all()
+
+
+def test_when_only_gradients_overflow_the_weights_rest_and_the_distances_count() -> None:
+    net = MeanNet(M)
+    before = copy.deepcopy(net.state_dict())
+    run, plain = Scaled(net, init_scale=2.0**120), ruled(copy.deepcopy(net), "passion")
+    loss, skipped = run.step(0)
+    assert skipped
+    assert loss.isfinite()
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    x, mask, y = batch(TOGETHER)
+    with torch.autocast("cpu", torch.float16):
+        wanted = plain(x, mask, passion_target=y)[1]
+    assert torch.equal(loss, wanted)
+    # The forward was sound, and so is what it measured.
+    found = run.model.end_epoch()
+    assert torch.equal(found.beta, plain.end_epoch().beta)
+    assert found.skipped is not None
+    assert not found.skipped.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_under_autocast(rule: str, dtype: torch.dtype) -> None:
+    net = DeepNet(M)
+    model = ruled(net, rule)
+    x, mask, y = batch(MIXED)
+    with torch.autocast("cpu", dtype):
+        prediction, loss = model(x, mask, passion_target=y)
+    assert loss.dtype == torch.float32
+    (F.nll_loss(prediction[0].float().log(), y) + loss).backward()
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in copies_gradients(net).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_whole_model_in_one_format_trains_with_every_rule(rule: str, dtype: torch.dtype) -> None:
+    ndim = 2 if dtype == torch.bfloat16 else 3  # torch has no bfloat16 pooling of volumes on the CPU
+    net = DeepNet(M, ndim=ndim).to(dtype)
+    model = ruled(net, rule)
+    x, mask, y = batch(MIXED, ndim=ndim, dtype=dtype)
+    for _ in range(2):
+        prediction, loss = model(x, mask, passion_target=y)
+        assert prediction[0].dtype == dtype
+        assert loss.isfinite()
+        if "passion" in rule:
+            assert loss.dtype == torch.promote_types(dtype, torch.float32)
+        assert loss.dtype != torch.bfloat16
+        (prediction[0].square().mean() + loss).backward()
+        assert all(value.dtype == dtype and value.isfinite().all() for value in copies_gradients(net).values())
+    assert model.end_epoch().beta.isfinite().all()
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_deterministic_algorithms_give_the_same_bits_twice(rule: str, ndim: int) -> None:
+    net = DeepNet(M, ndim=ndim, norm="batch", dropout=0.25)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = ruled(copy.deepcopy(net), rule)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for seed in range(3):
+            x, mask, y = batch(MIXED, ndim=ndim, seed=seed)
+            prediction, loss = model(x, mask, passion_target=y)
+            (F.nll_loss(prediction[0].log(), y) + loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([*model.backbone.state_dict().values(), model.end_epoch().beta])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("ndim", "layout"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
+def test_channels_last_gives_the_losses_and_gradients_of_contiguous(
+    rule: str, ndim: int, layout: torch.memory_format
+) -> None:
+    net = DeepNet(M, ndim=ndim).double()
+    found = []
+    for memory_format in (torch.contiguous_format, layout):
+        torch.manual_seed(0)
+        copied = copy.deepcopy(net).to(memory_format=memory_format)
+        x, mask, y = batch(MIXED, ndim=ndim, dtype=torch.float64)
+        x = x.contiguous(memory_format=memory_format)
+        prediction, loss = ruled(copied, rule)(x, mask, passion_target=y)
+        (prediction[0].square().mean() + loss).backward()
+        found.append((loss.detach(), copies_gradients(copied)))
+        assert copied.encoders["t1"][0].weight.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[0][1].items():
+        if rule == "ogm-ge" and name.startswith("encoders"):
+            continue  # noise, drawn in the order of memory
+        torch.testing.assert_close(found[1][1][name], gradient)
+    assert any(bool(gradient.any()) for gradient in found[0][1].values())
