@@ -40,13 +40,12 @@ class Trial:
             trial never gets to train.
         truth: dotted name of the module whose output are the logits of the fused prediction, as read in the source.
             The measurement listens there; it does not ask the library.
-        alone: ``(m) -> Call``, what the user would pass to run the bare model on modality number ``m`` only, absent
-            images zero (or whatever absent means to the model). None: the images of the others are zeroed along the
-            channels of ``inputs[0]``, and ``inputs[1]`` becomes a bool mask with this column only.
-        noisy: ``(m) -> Call``, the same with noise for images in place of the absent ones; None: as above.
-            ``False``: the model knows absent modalities as blank images only, so that there is nothing to measure.
-        prepare: called with the model before every pass that is compared; switches off what would make two runs of
-            the model differ although nothing else does.
+        images: M tensors (B, C, *spatial), one for each modality; None: the channels of ``inputs[0]``.
+        make: ``(images, present) -> Call``, what the user passes when only the modalities with ``present[m]`` are there
+            and ``images`` are what the data set holds for them; all True gives ``inputs`` and ``keywords`` again. None:
+            images along the channels and a bool mask (B, M). The measurement makes true single-modality runs of the
+            bare model with it (absent images are zeros, ``make`` may put something else there) and steps in which the
+            other modalities have other content.
         wrap: further keyword arguments of ``PassionWrapper``.
         call: further keyword arguments of the wrapped call, such as ``passion_presence``.
         size: what was reduced, for the table.
@@ -64,9 +63,8 @@ class Trial:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     task_loss: Callable[[Any, Tensor], Tensor] | None = None
     truth: str = ""
-    alone: Callable[[int], Call] | None = None
-    noisy: Callable[[int], Call] | Literal[False] | None = None
-    prepare: Callable[[nn.Module], None] | None = None
+    images: Sequence[Tensor] | None = None
+    make: Callable[[Sequence[Tensor], Sequence[bool]], Call] | None = None
     wrap: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     size: str = ""
