@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from passion_plugin import BackboneSpec
@@ -76,3 +77,26 @@ class Trial:
             raise ValueError("reason= belongs to expect='refused': the fragment of the error that must appear")
         if self.expect != "refused" and (self.task_loss is None or not self.truth):
             raise ValueError("a model that trains needs task_loss= and truth=")
+
+    def full(self) -> Call:
+        """Return the call with every modality present."""
+        return tuple(self.inputs), self.keywords
+
+    def alone(self, m: int) -> Call:
+        """Return the call of the bare model with modality number ``m`` only, the others blank."""
+        return self._made([image if k == m else torch.zeros_like(image) for k, image in enumerate(self._images())], m)
+
+    def disturbed(self, m: int) -> Call:
+        """Return the call with every modality present, in which all but number ``m`` have other content."""
+        generator = torch.Generator().manual_seed(m + 1)
+        noise = [torch.randn(image.shape, generator=generator).to(image) for image in self._images()]
+        return self._made([image if k == m else noise[k] for k, image in enumerate(self._images())], None)
+
+    def _images(self) -> Sequence[Tensor]:
+        return self.images if self.images is not None else self.inputs[0].split(1, dim=1)
+
+    def _made(self, images: Sequence[Tensor], only: int | None) -> Call:
+        present = [only is None or k == only for k in range(len(images))]
+        if self.make is not None:
+            return self.make(images, present)
+        return (torch.cat(list(images), dim=1), torch.tensor([present] * len(images[0]))), {}
