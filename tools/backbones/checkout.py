@@ -37,11 +37,13 @@ def load(folder: Path, name: str, **constants: Any) -> ModuleType:
     hidden = {key: module for key, module in sys.modules.items() if key.partition(".")[0] in siblings}
     for key in hidden:
         del sys.modules[key]
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module(name)
     finally:
         sys.path.remove(str(folder))
+        sys.dont_write_bytecode = writes
         for key in [key for key in sys.modules if key.partition(".")[0] in siblings]:
             del sys.modules[key]
         sys.modules.update(hidden)

@@ -118,7 +118,7 @@ def measure(trial: Trial) -> Measured:
     outcome = wrapper.passion.bound.spec.students
     with wrapper.passion_disabled():
         wanted = [_true_logits(trial, trial.full()), *(_true_logits(trial, trial.alone(m)) for m in range(count))]
-    before = traces(model)
+    before = traces(wrapper.train().backbone)
     _step(wrapper, trial, trial.full())
     got = [rule.fused, *rule.students]
     size = max(float(tensor.abs().max()) for tensor in got)

@@ -1,8 +1,10 @@
-"""RFNet (Ding et al., ICCV 2021)."""
+"""RFNet (Ding et al., ICCV 2021), and what its many descendants have in common with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +18,38 @@ COMMIT = "1e475fa5de4ac3f41f8de3d3102bb8b28383c2c4"
 DATE = "2026-11-25"
 
 
-def fused_nll(raw: tuple[Tensor, ...], target: Tensor) -> Tensor:
-    """Cross-entropy of the fused probabilities, the first thing that this family of networks returns."""
+def fused_nll(raw: Any, target: Tensor) -> Tensor:
+    """Cross-entropy of the fused probabilities, the first thing that this family of networks returns in training."""
     return F.nll_loss(raw[0].clamp(min=1e-6).log(), target)
 
 
-def build(checkout: Path) -> Trial:
-    """Return the network as it is, in the mode in which its script trains it."""
+def trial_of(module: ModuleType, *, size: int, **changes: Any) -> Trial:
+    """Return the trial of a network of this family, in the mode in which its script trains it.
+
+    Args:
+        module: has the class ``Model``.
+        size: of the images, a cube.
+        **changes: fields of the trial that differ from those of RFNet.
+    """
     torch.manual_seed(0)
-    model = load(checkout, "models").Model(num_cls=4)
+    model = module.Model(num_cls=4)
     model.is_training = True
-    return Trial(
-        model=model,
-        inputs=(images(16), torch.ones(2, 4, dtype=torch.bool)),
-        modalities=("flair", "t1ce", "t1", "t2"),
-        spec=None,
-        written="",
-        traps="an integer mask masks nothing; `is_training` is switched independently of `train()`",
-        expect="exact",
-        target=labels(16),
-        task_loss=fused_nll,
-        truth="decoder_fuse.seg_layer",
-        size="16³",
-    )
+    fields: dict[str, Any] = {
+        "model": model,
+        "inputs": (images(size), torch.ones(2, 4, dtype=torch.bool)),
+        "modalities": ("flair", "t1ce", "t1", "t2"),
+        "spec": None,
+        "written": "",
+        "traps": "an integer mask masks nothing; `is_training` is not what `train()` switches",
+        "expect": "exact",
+        "target": labels(size),
+        "task_loss": fused_nll,
+        "truth": "decoder_fuse.seg_layer",
+        "size": f"{size}³",
+    }
+    return Trial(**{**fields, **changes})
+
+
+def build(checkout: Path) -> Trial:
+    """Return the network as it is."""
+    return trial_of(load(checkout, "models"), size=16)
