@@ -23,13 +23,13 @@ if __name__ == "__main__" and str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tools.backbones.measuring import measure  # noqa: E402
-from tools.backbones.table import MEASURED, Row, read_rows, table, write_rows  # noqa: E402
+from tools.backbones.table import Row, record, table  # noqa: E402
 
 
 def recipe(name: str) -> Any:
     """Return the recipe called ``name``, or the one in a file."""
     if name.endswith(".py"):
-        return SimpleNamespace(__name__=Path(name).stem, **runpy.run_path(name))
+        return SimpleNamespace(**runpy.run_path(name, run_name=Path(name).stem))
     return importlib.import_module(f"tools.backbones.{name}")
 
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="module of tools/backbones, or a file")
     parser.add_argument("checkout", type=Path, help="folder with the model's repository")
     parser.add_argument("--markdown", action="store_true", help="print the row as it stands in docs/backbones.md")
-    parser.add_argument("--record", action="store_true", help=f"keep the row in {MEASURED.relative_to(ROOT)}")
+    parser.add_argument("--record", action="store_true", help="keep the row, and write it into docs/backbones.md")
     options = parser.parse_args(arguments)
     chosen = recipe(options.name)
     started = time.perf_counter()
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"NOT AS EXPECTED: {failure}")
     print(f"{'failed' if failures else 'as expected'} after {time.perf_counter() - started:.0f} s")
     if options.record and not failures:
-        write_rows([*(kept for kept in read_rows() if kept.name != row.name), row])
+        record(row)
     return 1 if failures else 0
 
 

@@ -81,7 +81,7 @@ class _Listening(PassionRule):
 
     def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
         self.fused = step.teacher.logits
-        self.students = [student.prediction.logits.detach() for student in step.students]
+        self.heard = [student.prediction.logits.detach() for student in step.students]
         return super().loss(step, labels)
 
 
@@ -120,7 +120,7 @@ def measure(trial: Trial) -> Measured:
         wanted = [_true_logits(trial, trial.full()), *(_true_logits(trial, trial.alone(m)) for m in range(count))]
     before = traces(wrapper.train().backbone)
     _step(wrapper, trial, trial.full())
-    got = [rule.fused, *rule.students]
+    got = [rule.fused, *rule.heard]
     size = max(float(tensor.abs().max()) for tensor in got)
     if outcome == "heads":
         difference = None
@@ -129,7 +129,7 @@ def measure(trial: Trial) -> Measured:
     leak = 0.0
     for m in range(count):
         _step(wrapper, trial, trial.disturbed(m))
-        leak = max(leak, float((rule.students[m] - got[m + 1]).abs().max()) / size)
+        leak = max(leak, float((rule.heard[m] - got[m + 1]).abs().max()) / size)
     losses = _trained(wrapper, trial)
     left = differences(before, traces(wrapper.unwrap()))
     relative = None if difference is None else difference / size

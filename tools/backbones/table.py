@@ -1,4 +1,9 @@
-"""The rows of docs/backbones.md: kept as CSV, printed as Markdown."""
+"""The rows of docs/backbones.md: kept as CSV, printed as Markdown.
+
+    python -m tools.backbones.table
+
+writes the table into the page again, for instance after rows from elsewhere have been added to the CSV.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +13,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from examples.markdown import with_block
 from tools.backbones.measuring import Measured
 from tools.backbones.trial import Trial
 
-__all__ = ["MEASURED", "Row", "read_rows", "table", "write_rows"]
+__all__ = ["MEASURED", "PAGE", "Row", "read_rows", "record", "table", "write_page"]
 
 MEASURED = Path(__file__).with_name("measured.csv")
+PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 
-_STUDENTS = {
-    "replay": "replay",
-    "mixed": "mixed replay",
-    "rerun": "re-run",
-    "heads": "heads",
-    "refused": "refused",
-}
+_STUDENTS = {"replay": "replay", "mixed": "mixed replay", "rerun": "re-run", "heads": "heads"}
+_HEAD = ("Model", "What you write", "Students", "Difference", "Leak", "Loss", "Traps", "Tried")
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ class Row:
         commit: 40 hexadecimal digits.
         date: day of the trial.
         model: class of the network.
-        size: what was reduced.
+        size: of the images, and what else was reduced.
         written: what the user writes besides modalities and rates.
         found: where the spec came from.
-        students: by which rung of the ladder.
-        difference: largest absolute difference of logits from a true run, with the fraction of the largest logit.
-        leak: effect of the content of other modalities on a student.
+        students: by which rung of the ladder, or the reason of the refusal.
+        difference: largest absolute difference of logits from a true run.
+        relative: the same, as a fraction of the largest logit.
+        leak: effect of the content of other modalities on a student, as such a fraction.
         losses: first and last of six steps.
-        traps: known traps, or why it is refused.
+        traps: what is easily done wrong.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Row:
             size=trial.size,
             written=trial.written,
             found=measured.found,
-            students=_STUDENTS[measured.outcome],
+            students=_STUDENTS.get(measured.outcome, f"refused: {trial.reason}"),
             difference=_number(measured.difference),
             relative=_number(measured.relative),
             leak=_number(measured.leak),
@@ -84,6 +87,22 @@ class Row:
         lines = [(field.name, str(getattr(self, field.name))) for field in fields(self)]
         return "\n".join(f"{name:<12}{text}" for name, text in lines if text)
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as it stands in the table."""
+        repository = "/".join(self.source.rstrip("/").split("/")[-2:])
+        model = f"[{repository}]({self.source}/tree/{self.commit}), `{self.model}`"
+        difference = self.difference if self.difference in ("", "0") else f"{self.difference} ({self.relative})"
+        return (
+            f"`{self.name}`: {model}, {self.size}" if self.size else f"`{self.name}`: {model}",
+            self.written or f"nothing ({self.found})",
+            self.students,
+            difference,
+            self.leak,
+            self.losses,
+            self.traps,
+            f"{self.date}, `{self.commit[:7]}`",
+        )
+
 
 def read_rows() -> list[Row]:
     """Return the rows that were recorded."""
@@ -93,35 +112,31 @@ def read_rows() -> list[Row]:
         return [Row(**line) for line in csv.DictReader(file)]
 
 
-def write_rows(rows: Sequence[Row]) -> None:
-    """Write all rows, in the order of their names."""
+def record(row: Row) -> None:
+    """Keep a row in place of the last one of that name, and write the page again."""
+    rows = sorted([*(kept for kept in read_rows() if kept.name != row.name), row], key=lambda kept: kept.name)
     with MEASURED.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.name))
+        writer.writerows(map(asdict, rows))
+    write_page()
+
+
+def write_page() -> None:
+    """Put the table of all rows between its markers in the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(with_block(page, "table", table(read_rows())), encoding="utf-8")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the Markdown table of the page."""
-    head = ("Model", "What you write", "Students", "Difference", "Leak", "Loss", "Traps", "Tried")
-    lines = [head, ("---", "---", "---", "---:", "---:", "---", "---", "---")]
-    for row in rows:
-        repository = "/".join(row.source.rstrip("/").split("/")[-2:])
-        link = f"[{repository}]({row.source}/tree/{row.commit}) `{row.model}`"
-        lines.append(
-            (
-                f"`{row.name}`: {link}, {row.size}" if row.size else f"`{row.name}`: {link}",
-                row.written or f"nothing ({row.found})",
-                row.students,
-                row.difference,
-                row.leak,
-                row.losses,
-                row.traps,
-                f"{row.date}, `{row.commit[:7]}`",
-            )
-        )
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    """Return the Markdown table of some rows."""
+    lines = [_HEAD, ("---",) * len(_HEAD), *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    write_page()
