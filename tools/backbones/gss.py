@@ -15,4 +15,4 @@ DATE = "2026-11-25"
 
 def build(checkout: Path) -> Trial:
     """Return the network that train_GSS.py trains."""
-    return trial_of(load(checkout, "models_GSS"), size=16)
+    return trial_of(load(checkout, "models_GSS"), side=16)

@@ -18,7 +18,8 @@ def build(checkout: Path) -> Trial:
     on_cpu()
     return trial_of(
         load(checkout / "M2FTrans_v2", "models.m2ftrans", H=32, W=32, D=32, mlp_dim=128),
-        size=32,
+        side=32,
+        size="32³, 2³ tokens",
         traps="needs CUDA (attention masks are made on the CPU and sent there); images must be 128³; dropout in "
         "`train()`",
         truth="decoder_fusion.seg_layer",

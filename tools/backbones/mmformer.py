@@ -18,7 +18,8 @@ def build(checkout: Path) -> Trial:
     module = load(checkout / "mmformer", "mmformer", patch_size=2, transformer_basic_dims=64, mlp_dim=128)
     return trial_of(
         module,
-        size=32,
+        side=32,
+        size="32³, 2³ tokens of width 64",
         traps="images must be 128³ (tokens are counted in the code); dropout in `train()`: without "
         "`share_random_state=True` teacher and students see different noise",
     )

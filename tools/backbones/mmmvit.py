@@ -20,7 +20,8 @@ def build(checkout: Path) -> Trial:
         module = load(checkout / "MMMViT", "mmmvit", patch_size=2, transformer_basic_dims=64, mlp_dim=64)
     trial = trial_of(
         module,
-        size=32,
+        side=32,
+        size="32³, 2³ tokens of width 64",
         expect="refused",
         reason="the samples of a batch are not independent",
         traps="a softmax over the batch axis mixes samples, and the bottleneck is not masked; `is_training=True` "

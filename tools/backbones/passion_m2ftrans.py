@@ -15,7 +15,8 @@ def build(checkout: Path) -> Trial:
     """Return the network with 2³ tokens for each modality instead of 5³, and narrow transformers."""
     return official(
         load(checkout / "code", "models.m2ftrans", patch_size=2, mlp_dim=128),
-        size=32,
+        side=32,
+        size="32³, 2³ tokens",
         mask_type="idt",
         truth="decoder_fusion.seg_layer",
         traps="as RFNet; needs CUDA (attention masks)",

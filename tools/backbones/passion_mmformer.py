@@ -16,7 +16,8 @@ def build(checkout: Path) -> Trial:
     module = load(checkout / "code", "models.mmformer", patch_size=2, transformer_basic_dims=64, mlp_dim=128)
     return official(
         module,
-        size=32,
+        side=32,
+        size="32³, 2³ tokens of width 64",
         mask_type="idt",
         traps="as RFNet; its own PASSION masks the bottleneck of T2 with the mask of T1 (mmformer.py, line 522), so "
         "that its term for T2 is not that of a run on T2",

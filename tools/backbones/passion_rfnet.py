@@ -25,10 +25,10 @@ def task_loss(raw: Any, target: Tensor) -> Tensor:
     return F.nll_loss(fused.clamp(min=1e-6).log(), target) + coarse.mean() + separate.sum(1).mean()
 
 
-def official(module: Any, *, size: int, mask_type: str, **changes: Any) -> Trial:
+def official(module: Any, *, side: int, mask_type: str, **changes: Any) -> Trial:
     """Return the trial of a network of this repository, called as train.py does without ``use_passion``."""
     on_cpu()
-    target = labels(size)
+    target = labels(side)
     one_hot = F.one_hot(target, 4).movedim(-1, 1).float()
 
     def make(parts: Sequence[Tensor], present: Sequence[bool]) -> Call:
@@ -36,8 +36,8 @@ def official(module: Any, *, size: int, mask_type: str, **changes: Any) -> Trial
 
     trial = trial_of(
         module,
-        size=size,
-        inputs=(images(size), torch.ones(2, 4, dtype=torch.bool), one_hot),
+        side=side,
+        inputs=(images(side), torch.ones(2, 4, dtype=torch.bool), one_hot),
         make=make,
         task_loss=task_loss,
         **{
@@ -51,4 +51,4 @@ def official(module: Any, *, size: int, mask_type: str, **changes: Any) -> Trial
 
 def build(checkout: Path) -> Trial:
     """Return the network that masks its input and its features."""
-    return official(load(checkout / "code", "models.rfnet"), size=16, mask_type="idt")
+    return official(load(checkout / "code", "models.rfnet"), side=16, mask_type="idt")

@@ -14,4 +14,4 @@ __all__ = ["COMMIT", "DATE", "SOURCE", "build"]
 def build(checkout: Path) -> Trial:
     """Return the network that masks its features only."""
     traps = "as with idt; separate predictions of missing modalities are part of its loss"
-    return official(load(checkout / "code", "models.rfnet"), size=16, mask_type="pdt", traps=traps)
+    return official(load(checkout / "code", "models.rfnet"), side=16, mask_type="pdt", traps=traps)

@@ -57,5 +57,5 @@ def build(checkout: Path) -> Trial:
         target=(torch.rand(2, 3, 32, 32, 32, generator=torch.Generator().manual_seed(1)) > 0.5).float(),
         task_loss=task_loss,
         truth="final_conv",
-        size="32³",
+        size="32³, 8 channels instead of 16",
     )

@@ -23,12 +23,12 @@ def fused_nll(raw: Any, target: Tensor) -> Tensor:
     return F.nll_loss(raw[0].clamp(min=1e-6).log(), target)
 
 
-def trial_of(module: ModuleType, *, size: int, **changes: Any) -> Trial:
+def trial_of(module: ModuleType, *, side: int, **changes: Any) -> Trial:
     """Return the trial of a network of this family, in the mode in which its script trains it.
 
     Args:
         module: has the class ``Model``.
-        size: of the images, a cube.
+        side: of the images, which are cubes.
         **changes: fields of the trial that differ from those of RFNet.
     """
     torch.manual_seed(0)
@@ -36,20 +36,20 @@ def trial_of(module: ModuleType, *, size: int, **changes: Any) -> Trial:
     model.is_training = True
     fields: dict[str, Any] = {
         "model": model,
-        "inputs": (images(size), torch.ones(2, 4, dtype=torch.bool)),
+        "inputs": (images(side), torch.ones(2, 4, dtype=torch.bool)),
         "modalities": ("flair", "t1ce", "t1", "t2"),
         "spec": None,
         "written": "",
         "traps": "an integer mask masks nothing; `is_training` is not what `train()` switches",
         "expect": "exact",
-        "target": labels(size),
+        "target": labels(side),
         "task_loss": fused_nll,
         "truth": "decoder_fuse.seg_layer",
-        "size": f"{size}³",
+        "size": f"{side}³",
     }
     return Trial(**{**fields, **changes})
 
 
 def build(checkout: Path) -> Trial:
     """Return the network as it is."""
-    return trial_of(load(checkout, "models"), size=16)
+    return trial_of(load(checkout, "models"), side=16)

@@ -51,5 +51,5 @@ def build(checkout: Path) -> Trial:
         target=labels(SIZE),
         task_loss=task_loss,
         truth="mask_de.seg_logit",
-        size=f"{SIZE}³",
+        size=f"{SIZE}³ instead of 80³",
     )

@@ -52,5 +52,5 @@ def build(checkout: Path) -> Trial:
         expect="refused",
         reason="the columns of the mask do not have the order of the images",
         target=labels(16),
-        size="16³",
+        size="16³, 2³ tokens, 2 transformer layers",
     )

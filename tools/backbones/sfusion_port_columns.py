@@ -38,5 +38,5 @@ def build(checkout: Path) -> Trial:
         target=labels(16),
         task_loss=task_loss,
         truth="mask_decoder.conv_seg",
-        size="16³",
+        size="16³, 2³ tokens, 2 transformer layers",
     )

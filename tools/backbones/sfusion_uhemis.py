@@ -56,5 +56,5 @@ def build(checkout: Path) -> Trial:
         target=labels(16),
         task_loss=task_loss,
         truth="decoder.score",
-        size="16³",
+        size="16³, 8 channels instead of 32",
     )
