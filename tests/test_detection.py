@@ -318,6 +318,58 @@ def test_prediction_in_a_nameless_dictionary_is_not_guessed() -> None:
     assert any("outputs='softmax' is assumed" in text for text in report.warnings)
 
 
+class Disentangled(Net):
+    """Styles and reconstructions in front of the segmentation in one dictionary; dropout in encoders is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.names:
+            self.add_module(f"{name}_style", conv(1, 2))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        return [F.dropout(feature, 0.5, training=True) for feature in super().encode(x)]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        parts = zip(self.names, x.chunk(len(self.names), 1), strict=True)
+        styles = {name: self.get_submodule(f"{name}_style")(part).mean((2, 3), keepdim=True) for name, part in parts}
+        fused = self.fused(x, mask)
+        logits = self.head(fused)
+        return {
+            **styles,
+            "features": [fused],
+            "image": fused.mean(1, keepdim=True),
+            "seg_logit": logits,
+            "seg_pred": logits.softmax(1),
+        }
+
+
+def test_a_dictionary_is_refused_before_anything_is_said_about_one_of_its_entries() -> None:
+    report = found(Disentangled())
+    assert "dictionary in which 'image', 'seg_logit', 'seg_pred' may each be the prediction" in only_problem(report)
+    assert report.mask is None
+    assert report.warnings == ()
+
+
+def test_with_a_classifier_by_hand_all_answers_are_about_its_output() -> None:
+    report = found(Disentangled(), classifier="head")
+    spec = spec_of(report)
+    assert report.match is not None
+    assert report.match.relation == "softmax"
+    assert report.mask is not None
+    # The first map of the dictionary is the style of flair, which no mask hides and no dropout touches.
+    assert min(report.mask.own) > 1e-3
+    assert max(report.mask.leak) == 0
+    assert report.batch is not None
+    assert report.batch.repeatable > 1e-2
+    assert [text for text in report.warnings if "two runs in evaluation mode differ" in text]
+    assert {f"{name}_encoder" for name in NAMES} <= {one for names in spec.encoders.values() for one in names}
+    again = examine_call(
+        Disentangled(), BackboneCall((images(), full()), {}), NAMES, spec=spec.replaced(students="auto")
+    )
+    assert again.mask is not None
+    assert min(again.mask.own) > 1e-3, "nor is a whole spec checked on another entry"
+
+
 def test_wrong_classifier_given_by_hand_is_a_problem_with_close_matches() -> None:
     assert "Did you mean 'head'" in only_problem(found(Net(), classifier="haed"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,6 @@ class ClassifierSearch:
     Attributes:
         prediction: (B, K, *spatial), as the backbone returns it.
         names: of the modules to look at.
-        rivals: other entries of the returned dictionary that may be the prediction as well.
         matches: layers whose output gives the prediction, in call order.
         calls: how often each layer ran.
         candidates: layers with an output of prediction-like shape, for messages.
@@ -52,7 +51,6 @@ class ClassifierSearch:
 
     prediction: Tensor
     names: dict[nn.Module, str]
-    rivals: Sequence[str] = ()
     matches: list[Match] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     candidates: list[str] = field(default_factory=list)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from passion_plugin.backbone.classifier import ClassifierSearch
-from passion_plugin.backbone.probe import Probe, prediction_of, rival_predictions
+from passion_plugin.backbone.classifier import ClassifierSearch, follows
+from passion_plugin.backbone.probe import Probe, maps_in, prediction_of
 from passion_plugin.overrides import Handler, overridden_forward
 
 __all__ = ["Detection", "Encoders", "detect"]
@@ -81,8 +81,7 @@ def detect(probe: Probe) -> Detection:
     """
     names = {module: name for name, module in probe.backbone.named_modules() if name}
     everything = probe.presence()
-    raw = probe.run(probe.images(), everything)
-    search = ClassifierSearch(prediction_of(raw), names, rival_predictions(raw))
+    search = ClassifierSearch(_prediction(probe, everything), names)
     base = _Recording(names, probe.batch)
     # Two contexts: a layer can be listened to for both reasons, and each override calls the one before.
     with overridden_forward(search.handlers()):
@@ -112,6 +111,18 @@ def detect(probe: Probe) -> Detection:
         elif all(len(one) == 1 for one in sets):
             shared.append(name)
     return Detection(probe.modalities, private, tuple(_outermost(shared)), search)
+
+
+def _prediction(probe: Probe, everything: Tensor) -> Tensor:
+    """Return the part of what the backbone returns that follows from its classifier, if that is known."""
+    raw = probe.run(probe.images(), everything)
+    if probe.classifier is None:
+        return prediction_of(raw)
+    logits = probe.predict(probe.images(), everything)
+    relations = [(follows(logits, part), part) for part in maps_in(raw)]
+    found = [(relation, part) for relation, part in relations if relation is not None]
+    # Logits beside their softmax say less than the softmax about what the classes are.
+    return next((part for relation, part in found if relation), found[0][1] if found else prediction_of(raw))
 
 
 class _Recording:

@@ -25,7 +25,7 @@ from passion_plugin.backbone.ladder import (
     with_light_mode,
 )
 from passion_plugin.backbone.masks import MaskCodec
-from passion_plugin.backbone.probe import PREDICTION_KEYS, Interface, Probe
+from passion_plugin.backbone.probe import PREDICTION_KEYS, Interface, Probe, rival_predictions
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.backbone.training import gradient_paths, skipping_difference, training_problems
 
@@ -63,6 +63,8 @@ class Examination:
         """Ask everything, as far as the answers allow."""
         report, probe = self.report, self.probe
         judge_layers(report, self.layers)
+        if self.searching and "classifier" not in self.known and self._has_rivals():
+            return
         meaning = mask_meaning(probe)
         if self.searching and not probe.through_call and "mask_meaning" not in self.known:
             self._reinterpret(replace(self.interface, mask_meaning=meaning))
@@ -78,6 +80,17 @@ class Examination:
             return
         decided = self._decided(spec)
         report.spec = None if report.problems else decided
+
+    def _has_rivals(self) -> bool:
+        """Report a dictionary whose prediction cannot be told from the rest: answers would be about any of them."""
+        rivals = rival_predictions(self.probe.run(self.probe.images(), self.probe.presence()))
+        if rivals:
+            self.report.problem(
+                f"the backbone returns a dictionary in which {_quoted(rivals)} may each be the prediction (none is "
+                f"called one of {_quoted(list(PREDICTION_KEYS))}). Name the last layer of the fused prediction as "
+                f"classifier="
+            )
+        return bool(rivals)
 
     def _reinterpret(self, interface: Interface) -> None:
         self.interface = interface
@@ -127,13 +140,6 @@ class Examination:
 
     def _choose_classifier(self, detection: Detection) -> None:
         search, match = detection.classifier, detection.classifier.best()
-        if search.rivals:
-            self.report.problem(
-                f"the backbone returns a dictionary in which {_quoted(list(search.rivals))} may each be the "
-                f"prediction (none is called one of {_quoted(list(PREDICTION_KEYS))}). Name the last layer of the "
-                f"fused prediction as classifier="
-            )
-            return
         self.report.match = match
         if match is None:
             likely = list(dict.fromkeys(search.candidates))[-5:]

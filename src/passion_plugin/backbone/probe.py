@@ -18,8 +18,9 @@ from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
 from passion_plugin.overrides import Handler, overridden_forward
+from passion_plugin.taps import Tap, resolve_module
 
-__all__ = ["Interface", "Probe", "prediction_of", "relative_difference", "rival_predictions"]
+__all__ = ["Interface", "Probe", "maps_in", "prediction_of", "relative_difference", "rival_predictions"]
 
 PREDICTION_KEYS = ("logits", "out", "seg", "pred", "prediction", "output")
 """Where a network that returns a dictionary is expected to keep its prediction."""
@@ -47,7 +48,7 @@ def prediction_of(raw: Any) -> Tensor:
     Raises:
         BackboneError: there is none.
     """
-    maps = _maps(_main_part(raw))
+    maps = maps_in(_main_part(raw))
     if maps:
         return maps[0]
     labels = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
@@ -63,9 +64,18 @@ def prediction_of(raw: Any) -> Tensor:
 
 
 def rival_predictions(raw: Any) -> list[str]:
-    """Return the entries of a dictionary between which nothing but their order decides, if there are several."""
+    """Return the entries of a dictionary between which nothing but their order decides, if there are several.
+
+    Where several are tensors of the finest resolution, only these: features and styles are no predictions.
+    """
     part = _main_part(raw)
-    names = [str(key) for key, value in part.items() if _maps(value)] if isinstance(part, Mapping) else []
+    if not isinstance(part, Mapping):
+        return []
+    found = {str(key): maps_in(value) for key, value in part.items() if maps_in(value)}
+    finest = max((leaf[0, 0].numel() for maps in found.values() for leaf in maps), default=0)
+    tensors = [str(key) for key, value in part.items() if isinstance(value, Tensor) and str(key) in found]
+    likely = [name for name in tensors if found[name][0][0, 0].numel() == finest]
+    names = likely if len(likely) > 1 else list(found)
     return names if len(names) > 1 else []
 
 
@@ -75,10 +85,11 @@ def _main_part(raw: Any) -> Any:
         parts = [raw[key] for key in PREDICTION_KEYS if key in raw]
     else:
         parts = list(raw) if isinstance(raw, (tuple, list)) else []
-    return next((_main_part(part) for part in parts if _maps(part)), raw)
+    return next((_main_part(part) for part in parts if maps_in(part)), raw)
 
 
-def _maps(raw: Any) -> list[Tensor]:
+def maps_in(raw: Any) -> list[Tensor]:
+    """Return every floating-point tensor of at least three dimensions in what a backbone returned."""
     leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
@@ -108,6 +119,8 @@ class Probe:
         interface: how it is called.
         through_call: the template is no call of the backbone but ``(images, bool mask)``, for the user's own
             ``interface.call``.
+        classifier: name of the module that gives the prediction, where it is known; otherwise the prediction is what
+            looks like one in what the backbone returns.
     """
 
     def __init__(
@@ -118,8 +131,11 @@ class Probe:
         interface: Interface,
         *,
         through_call: bool = False,
+        classifier: str | None = None,
     ) -> None:
         self.backbone = backbone
+        # A name that does not fit is reported where the spec is bound.
+        self.classifier = None if classifier is None else resolve_module(backbone, classifier)[0]
         self.modalities = tuple(modalities)
         self.interface = interface
         self.through_call = through_call
@@ -226,8 +242,12 @@ class Probe:
             return self.backbone(*call.args, **call.kwargs)
 
     def predict(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Like :meth:`run`, and return the prediction in it."""
-        return prediction_of(self.run(x, keep, rows=rows, seed=seed))
+        """Like :meth:`run`, and return the prediction: the output of the classifier, where that is known."""
+        if self.classifier is None:
+            return prediction_of(self.run(x, keep, rows=rows, seed=seed))
+        tap = Tap(self.classifier)
+        self.run(x, keep, rows=rows, seed=seed, handlers={self.backbone.get_submodule(self.classifier): tap})
+        return tap.result()[1]
 
     def bind(self, spec: BackboneSpec) -> BoundBackbone:
         """Return the backbone bound to a spec, to be called like the template."""

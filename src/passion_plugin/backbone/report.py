@@ -139,7 +139,8 @@ def _examine(
         if unclear:
             return report
         called = Interface(absent=interface.absent, call=interface.call) if through_call else interface
-        probe = Probe(backbone, call, report.modalities, called, through_call=through_call)
+        classifier = known.get("classifier")
+        probe = Probe(backbone, call, report.modalities, called, through_call=through_call, classifier=classifier)
         report.lazy = tuple(lazy_parameters(backbone))
         if report.lazy:
             with untouched_modes(backbone), torch.no_grad():
