@@ -17,6 +17,7 @@ __all__ = [
     "PassionWarning",
     "UsageError",
     "raise_problems",
+    "short",
     "suggest",
 ]
 
@@ -85,6 +86,12 @@ def raise_problems(problems: Sequence[str], *, what: str, error: type[PassionErr
         raise error(f"{what}: {problems[0]}")
     lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
     raise error(f"{what}: {len(problems)} problems\n{lines}")
+
+
+def short(error: Exception) -> str:
+    """Return class and message of an exception on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
 
 def _either(names: Sequence[str]) -> str:

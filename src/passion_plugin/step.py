@@ -78,8 +78,9 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
-            BackboneError: reentrant activation checkpointing, seen in the first batch.
+            BackboneError: what leaves the classifier is not, or reentrant activation checkpointing, seen in the first batch.
         """
+        bound.check_images(call)
         available = bound.availability(call, presence)
         bound.check_finite(call, available)
         lockstep = in_lockstep(bound.backbone)
@@ -95,10 +96,12 @@ class TrainingStep:
             copy_features=lockstep,
             skip=skip,
         )
+        logits = fused.prediction.logits
         if not bound.trained:
-            if passes_reentrant((fused.raw, fused.prediction.logits)):
+            if passes_reentrant((fused.raw, logits)):
                 raise BackboneError(reentrant_problem())
             bound.trained = True
+        _check_classes(bound, logits)
         segments = strategy.segments(available)
         stands_in = [False] * len(segments)
         if lockstep:
@@ -120,7 +123,6 @@ class TrainingStep:
             if all(modality not in student.modalities for student in students)
             for parameter in head.parameters()
         ]
-        logits = fused.prediction.logits
         return cls(
             bound=bound,
             raw=fused.raw,
@@ -199,6 +201,14 @@ class TrainingStep:
                 f"{self.bound.modalities}; it must give one for each, in this order"
             )
         return predictions
+
+
+def _check_classes(bound: BoundBackbone, logits: Tensor) -> None:
+    if bound.spec.outputs == "softmax" and logits.ndim > 1 and logits.shape[1] == 1:
+        raise BackboneError(
+            f"the classifier {bound.spec.classifier!r} gives one class, whose softmax is 1 whatever the network says: "
+            f"set BackboneSpec(outputs='sigmoid') and pass region masks (B, 1, *spatial), or give it two classes"
+        )
 
 
 def _log(probability: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin.backbone.calls import BackboneCall, locate_argument
-from passion_plugin.backbone.inputs import batch_size, blank, split
+from passion_plugin.backbone.inputs import batch_size, blank, check_images, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
@@ -113,6 +113,15 @@ class BoundBackbone:
     def has_mask(self, call: BackboneCall) -> bool:
         """Whether the call says which modalities are present."""
         return self._mask is not None and call.get(self._mask) is not None
+
+    def check_images(self, call: BackboneCall) -> None:
+        """Raise when the images of a call are not what its modalities can be told apart in.
+
+        Raises:
+            InputError: naming the modalities.
+        """
+        if self.spec.absent is None:
+            check_images(self.input_of(call), self.modalities)
 
     def availability(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
         """Return what may be looked at: at least what the mask of the call lets through.
