@@ -23,6 +23,7 @@ from passion_plugin.objective import LossTerms
 from passion_plugin.parallel import check_heads
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
+from passion_plugin.settings import members
 from passion_plugin.step import TrainingStep
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.registry import resolve
@@ -70,7 +71,7 @@ class Passion:
         example_mask: Any = None,
     ) -> None:
         self.backbone = backbone
-        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
+        self.modalities = members(modalities) or (modalities,)
         self.strategy, self.config = resolve(strategy, config)
         if has_engine(backbone):
             raise UsageError("this backbone has a Passion engine already; unwrap() or detach() that first")

@@ -60,8 +60,8 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
         >>> suggest("t1c", ["flair", "t1ce", "t1", "t2"])
         " Did you mean 't1ce' or 't1'?"
     """
-    pool = sorted(set(candidates))
-    close = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
+    pool = sorted(set(map(str, candidates)))
+    close = difflib.get_close_matches(str(name), pool, n=3, cutoff=0.5)
     if close:
         return f" Did you mean {_either(close)}?"
     if 0 < len(pool) <= 12:

@@ -33,7 +33,23 @@ class Mistake:
 
 
 NO_MODULES: list[Any] = [
-    *(None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), 1j, "", "encoders", "encoders.0", "no.such", "\0", b"x"),
+    *(
+        None,
+        True,
+        0,
+        -1,
+        10**30,
+        1.5,
+        float("nan"),
+        float("inf"),
+        1j,
+        "",
+        "encoders",
+        "encoders.0",
+        "no.such",
+        "\0",
+        b"x",
+    ),
     *([], [0], ["encoders.0", "encoders.0"], (), (0, "x"), {}, {"a": 1}, {"a": [None]}, set(), range(3), ...),
     *(object(), int, len, lambda *_: None, torch.zeros(2), torch.tensor(True), np.zeros(2), np.array(["a", "b"])),
     *([[]], {"a": {"a": {}}}, torch.float32, slice(2), iter(()), float),
@@ -120,7 +136,9 @@ MASKS = [
     Mistake("a nested list", lambda mask: mask.tolist() if isinstance(mask, Tensor) else [mask], _MASK),
     Mistake("NumPy", lambda mask: mask.numpy() if isinstance(mask, Tensor) else np.zeros(2), _MASK),
     Mistake("strings", lambda _: ["flair", "t1"], _MASK),
-    Mistake("too many columns", lambda mask: torch.cat([mask, mask], 1) if isinstance(mask, Tensor) else [*mask, 99], _MASK),
+    Mistake(
+        "too many columns", lambda mask: torch.cat([mask, mask], 1) if isinstance(mask, Tensor) else [*mask, 99], _MASK
+    ),
     Mistake("too few columns", lambda mask: mask[:, :1] if isinstance(mask, Tensor) else [-1], _MASK),
     Mistake("too many rows", lambda mask: torch.cat([mask, mask]) if isinstance(mask, Tensor) else [0, 0], _MASK),
     Mistake("no rows", lambda mask: mask[:0] if isinstance(mask, Tensor) else [], _MASK),

@@ -147,7 +147,9 @@ class _IndexCodec:
                 raise InputError(f"the mask {reason}")
             raw = raw.tolist()
         if not isinstance(raw, Sequence) or not all(isinstance(index, int) for index in raw):
-            raise InputError(f"the mask must be a list of modality indices for the whole batch, got {reprlib.repr(raw)}")
+            raise InputError(
+                f"the mask must be a list of modality indices for the whole batch, got {reprlib.repr(raw)}"
+            )
         indices = list(raw)
         count = len(self.order)
         if any(not 0 <= index < count for index in indices) or len(set(indices)) != len(indices):
