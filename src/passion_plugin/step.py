@@ -18,8 +18,10 @@ from passion_plugin.parallel import in_lockstep
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.reentrant import passes_reentrant, reentrant_problem
+from passion_plugin.settings import members
 from passion_plugin.students import Student, active_students, run_students, with_stand_ins
 from passion_plugin.targets import prepare_target
+from passion_plugin.validate import describe
 from passion_plugin.zeros import zero_of
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
-            BackboneError: what leaves the classifier is not, or reentrant activation checkpointing, seen in the first batch.
+            BackboneError: what leaves the classifier is not usable, or reentrant activation checkpointing, seen in the
+                first batch.
         """
         bound.check_images(call)
         available = bound.availability(call, presence)
@@ -194,11 +197,21 @@ class TrainingStep:
         pick = self.bound.spec.unimodal_outputs
         if pick is None or config.mode != "official":
             return None
-        predictions = pick(self.raw)
-        if predictions is not None and len(predictions) != len(self.bound.modalities):
+        picked = pick(self.raw)
+        if picked is None:
+            return None
+        predictions = members(picked) or ()
+        if len(predictions) != len(self.bound.modalities):
             raise BackboneError(
                 f"BackboneSpec.unimodal_outputs gave {len(predictions)} predictions for the modalities "
                 f"{self.bound.modalities}; it must give one for each, in this order"
+            )
+        logits = self.teacher.logits
+        wrong = [x for x in predictions if not isinstance(x, Tensor) or x.ndim != logits.ndim or len(x) != len(logits)]
+        if wrong:
+            raise BackboneError(
+                f"BackboneSpec.unimodal_outputs gave {describe(wrong[0])}; each prediction must be a tensor of "
+                f"probabilities (B, K, *spatial) like the logits {tuple(logits.shape)}"
             )
         return predictions
 

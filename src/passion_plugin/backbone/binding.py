@@ -13,9 +13,10 @@ from passion_plugin.backbone.calls import BackboneCall, locate_argument
 from passion_plugin.backbone.inputs import batch_size, blank, check_images, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
 from passion_plugin.backbone.spec import BackboneSpec
-from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
 from passion_plugin.skipping import Layouts
 from passion_plugin.taps import overridden_forward, resolve_module
+from passion_plugin.validate import describe
 
 __all__ = ["BoundBackbone"]
 
@@ -196,8 +197,15 @@ class BoundBackbone:
         if bool(keep.all()):
             return call
         x = self.input_of(call)
-        absent = self.spec.absent
-        return self.with_input(call, absent(x, keep) if absent else blank(x, keep, self.modalities))
+        if self.spec.absent is None:
+            return self.with_input(call, blank(x, keep, self.modalities))
+        hidden = self.spec.absent(x, keep)
+        if not isinstance(hidden, type(x)) or [leaf.shape for leaf in _leaves(hidden)] != [y.shape for y in _leaves(x)]:
+            raise BackboneError(
+                f"BackboneSpec.absent gave {describe(hidden)} for {describe(x)}; it must return images of the same kind "
+                f"and shape in which the modalities outside the mask are absent"
+            )
+        return self.with_input(call, hidden)
 
     def run_masked(self, call: BackboneCall, keep: Tensor) -> Any:
         """Run the backbone on a call with the modalities outside ``keep`` blanked and masked.

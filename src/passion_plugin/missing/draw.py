@@ -56,7 +56,7 @@ def draw_presence(
         >>> bool(table.presence.any(axis=1).all())
         True
     """
-    if not isinstance(rates, Mapping):
+    if not isinstance(rates, Mapping) or not rates:
         raise ConfigError(f"draw_presence: rates={rates!r}; pass a rate for each modality, {{'t1': 0.2, …}}")
     columns: Any = tuple(rates) if modalities is None else modalities
     problems = modality_problems(columns)
