@@ -21,6 +21,8 @@ __all__ = [
     "suggest",
 ]
 
+_MOST_PROBLEMS = 20
+
 
 class PassionError(Exception):
     """Base of every error raised on purpose by this library."""
@@ -70,7 +72,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 
 
 def raise_problems(problems: Sequence[str], *, what: str, error: type[PassionError] = ConfigError) -> None:
-    """Raise one error that lists every problem; do nothing when there is none.
+    """Raise one error that lists every problem, the first 20 in words; do nothing when there is none.
 
     Args:
         problems: one sentence each, with what was found and what to do.
@@ -84,8 +86,10 @@ def raise_problems(problems: Sequence[str], *, what: str, error: type[PassionErr
         return
     if len(problems) == 1:
         raise error(f"{what}: {problems[0]}")
-    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
-    raise error(f"{what}: {len(problems)} problems\n{lines}")
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1)]
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"  and {len(problems) - _MOST_PROBLEMS} more")
+    raise error("\n".join([f"{what}: {len(problems)} problems", *lines]))
 
 
 def short(error: Exception) -> str:

@@ -227,7 +227,7 @@ def _absent_record(bound: BoundBackbone, call: BackboneCall, batch: int) -> Feat
     record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
     nothing = torch.zeros(1, len(bound.modalities), dtype=torch.bool)
     call = bound.blanked(bound.rows(call, torch.tensor([0]), batch), nothing)
-    with bound.student_mode(), overridden_forward(record.recording()):
-        with explained("one sample in which every modality is absent"):
-            bound.run_masked(call, ~nothing)
+    what = "one sample in which every modality is absent"
+    with explained(what), bound.student_mode(), overridden_forward(record.recording()):
+        bound.run_masked(call, ~nothing)
     return record

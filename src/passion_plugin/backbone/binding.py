@@ -202,8 +202,8 @@ class BoundBackbone:
         hidden = self.spec.absent(x, keep)
         if not isinstance(hidden, type(x)) or [leaf.shape for leaf in _leaves(hidden)] != [y.shape for y in _leaves(x)]:
             raise BackboneError(
-                f"BackboneSpec.absent gave {describe(hidden)} for {describe(x)}; it must return images of the same kind "
-                f"and shape in which the modalities outside the mask are absent"
+                f"BackboneSpec.absent gave {describe(hidden)} for {describe(x)}; it must return images of the "
+                f"same kind and shape, without the modalities outside the mask"
             )
         return self.with_input(call, hidden)
 

@@ -24,6 +24,9 @@ from passion_plugin.settings import is_number, is_whole, members
 __all__ = ["PresenceTable", "default_ids"]
 
 _TITLE = "passion-plugin presence table 1"
+_SEEDS = 10**20
+# What a spreadsheet takes for a formula that calls something; no real id starts like this.
+_FORMULA = re.compile(r"\s*[=+@-].*[(|!]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +89,8 @@ class PresenceTable:
             or not all(is_number(rate, least=0, most=1) for rate in rates.values())
         ):
             problems.append(f"nominal_rates is {rates!r}; need a rate in 0..1 for each of {modalities}")
-        if self.seed is not None and not is_whole(self.seed, least=0):
-            problems.append(f"seed is {self.seed!r}; need a whole number, 0 or more")
+        if self.seed is not None and not (is_whole(self.seed, least=0) and self.seed < _SEEDS):
+            problems.append(f"seed is {shorten(self.seed)}; need a whole number from 0, with at most 20 digits")
         raise_problems(problems, what="PresenceTable")
         presence.setflags(write=False)
         object.__setattr__(self, "sample_ids", ids)
@@ -261,6 +264,12 @@ def _id_problems(sample_ids: Any) -> list[str]:
     odd = [name for name in ids if not isinstance(name, str) or not name.strip() or not name.isprintable()]
     if odd:
         problems.append(f"sample ids must be non-empty printable strings; found {shortlist(odd)}")
+    formulas = [name for name in ids if isinstance(name, str) and _FORMULA.match(name)]
+    if formulas:
+        problems.append(
+            f"sample ids that a spreadsheet would run as a formula: {shortlist(formulas)}; rename them, and do not "
+            "trust a file that came with them"
+        )
     repeated = sorted(name for name, count in Counter(map(str, ids)).items() if count > 1)
     if repeated:
         problems.append(f"sample ids that occur more than once: {shortlist(repeated)}")
