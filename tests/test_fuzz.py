@@ -25,7 +25,7 @@ from fuzzing.mistakes import IMAGES, MASKS, NONSENSE, TARGETS
 from fuzzing.nets import Plan, build, plans, right_spec
 from fuzzing.settings import how_to_balance
 from passion_plugin import PassionError, PassionWarning, PassionWrapper
-from zoo.reference import first_difference, fingerprint
+from zoo.reference import fingerprint, first_difference
 
 RATE = 0.25
 

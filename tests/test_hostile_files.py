@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from passion_plugin import ConfigError, PassionError, PresenceTable
 from passion_plugin.cli import main
 from passion_plugin.evaluation import SubsetResults
-from passion_plugin.missing import read_split_csv, write_split_csv
-from passion_plugin.missing import reading
+from passion_plugin.missing import read_split_csv, reading, write_split_csv
+from passion_plugin.runs import read_run
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 SPLIT = 'data_name,mask_id,mask,pos_mask_ids\ncase,14,"[True, True, True, True]","[{all}]"\n'.format(
@@ -164,7 +164,7 @@ def test_a_score_must_be_a_finite_number(value: str, tmp_path: Path) -> None:
     [
         (",ok,", ",fine,", "status is 'fine'"),
         ("has_t1", "has_t2", "more than once"),
-        ("has_t1", "has_=1", "modality '=1'"),
+        ("has_t1", "has_\x1bt1", "columns must be printable"),
         ("t1,1,0,p1", "t1,1,0", "line 2:"),
         ("t1,1,0,p1", "t1,1,0,p1,p1", "line 2:"),
         ("empty,fraction", "empty,mm", "line 3: 'dice' has another convention"),
@@ -269,6 +269,34 @@ def test_a_list_of_names_may_have_a_byte_order_mark(split_command: Any) -> None:
     assert PresenceTable.load("out.csv").sample_ids == ("p1", "p2")
 
 
+HOSTILE_JSON = {
+    "deep objects": b'{"a":' * 400 + b"1" + b"}" * 400,
+    "deeper lists": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "an endless number": b'{"a":' + b"9" * 5000 + b"}",
+    "half a character": b'{"beta/\\ud800": 1}',
+    "another encoding": '{"a": 1}'.encode("utf-16"),
+    "a list": b"[1, 2]",
+    "code": b"__import__('os').getpid()",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_JSON)
+def test_hostile_facts_of_a_run_are_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(HOSTILE_JSON[what])
+    with pytest.raises(ConfigError, match=r"run\.json: (no JSON|not an object|more than 50 levels deep)") as caught:
+        read_run(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+def test_pictures_of_a_run_are_files(tmp_path: Path) -> None:
+    (tmp_path / "overlays" / "folder.png").mkdir(parents=True)
+    os.mkfifo(tmp_path / "overlays" / "pipe.png")
+    (tmp_path / "overlays" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(ConfigError) as caught:
+        read_run(tmp_path)
+    assert [f"{name}.png: no PNG file" in str(caught.value) for name in ("folder", "pipe", "gone")] == [True] * 3
+
+
 PIECES = st.sampled_from(
     [
         *'",\n\r#[]=+-@\0;',
@@ -301,11 +329,13 @@ def test_whatever_is_in_a_file_it_is_read_or_refused(tmp_path: Path, data: st.Da
         content = text.encode()
     path = tmp_path / "file.csv"
     path.write_bytes(content)
+    found, message = None, ""
     try:
         found = read(name, path)
     except PassionError as error:
-        assert len(str(error)) < 5000
-    else:
+        message = str(error)
+    assert len(message) < 5000
+    if found is not None:
         save = {"split": lambda: write_split_csv(found, path), "table": lambda: found.save(path)}
         save.get(name, lambda: found.to_csv(path))()
         assert read(name, path) == found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IMAGES", "MASKS", "NO_MODULES", "NONSENSE", "TARGETS", "Mistake"]
+__all__ = ["IMAGES", "MASKS", "NONSENSE", "NO_MODULES", "TARGETS", "Mistake"]
 
 
 @dataclass(frozen=True)

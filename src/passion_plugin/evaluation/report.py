@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from passion_plugin.errors import raise_problems
 from passion_plugin.evaluation.rows import DIFFERENCE, STATUS, Convention, Grouping, Row, Summary
 from passion_plugin.missing.reading import read_rows, shorten
-from passion_plugin.missing.subsets import modality_problems
 
 if TYPE_CHECKING:
     from passion_plugin.evaluation.results import SubsetResults
@@ -78,8 +77,8 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], tuple[Row, 
         problems.append(f"columns {absent} are missing; was it written by to_csv()?")
     elif len(set(fields)) < len(fields):
         problems.append(f"columns occur more than once: {shorten(fields)}")
-    else:
-        problems += modality_problems(modalities)
+    elif not "".join(fields).isprintable():
+        problems.append(f"columns must be printable: {shorten(fields)}")
     raise_problems(problems, what=os.fspath(path))
     rows: list[Row] = []
     conventions: dict[str, Convention] = {}
