@@ -78,8 +78,8 @@ ENTRANCES: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
     "PMR": (PMR, ("alpha", "momentum", "entropy_weight", "entropy_epochs"), {}),
     "RedCore": (RedCore, ("weight", "eta", "eta_growth", "eta_every", "beta_min", "beta_max"), {}),
     "SlowWeights": (slow_weights, ("rate", "every"), {}),
-    "named_strategy": (named_strategy, ("name",), {}),
-    "passion_variant": (passion_variant, ("name",), {}),
+    "named_strategy": (named_strategy, ("name",), {"name": "agm"}),
+    "passion_variant": (passion_variant, ("name",), {"name": "passion"}),
     "PresenceTable": (
         PresenceTable,
         ("sample_ids", "modalities", "presence", "nominal_rates", "seed"),
@@ -90,8 +90,8 @@ ENTRANCES: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
         ("presence", "modalities", "sample_ids"),
         {"presence": PRESENCE, "modalities": PLAN.modalities},
     ),
-    "PresenceTable.select": (TABLE.select, ("sample_ids",), {}),
-    "PresenceTable.index": (TABLE.index, ("sample_id",), {}),
+    "PresenceTable.select": (TABLE.select, ("sample_ids",), {"sample_ids": ["p", "q"]}),
+    "PresenceTable.index": (TABLE.index, ("sample_id",), {"sample_id": "p"}),
     "draw_presence": (
         draw_presence,
         ("samples", "rates", "seed", "modalities"),
@@ -109,8 +109,8 @@ ENTRANCES: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
         {"images": torch.zeros(2, 3, 4), "presence": MASK},
     ),
     "drop_modalities": (drop_modalities, ("presence", "generator", "uniform_over"), {"presence": MASK}),
-    "all_subsets": (all_subsets, ("modalities",), {}),
+    "all_subsets": (all_subsets, ("modalities",), {"modalities": PLAN.modalities}),
     "parse_subset": (parse_subset, ("subset", "modalities"), {"subset": "t1", "modalities": PLAN.modalities}),
     "subset_mask": (subset_mask, ("subset", "modalities"), {"subset": "t1", "modalities": PLAN.modalities}),
 }
-"""By name: the function, which of its arguments may get nonsense, and those it needs besides."""
+"""By name: the function, which of its arguments may get nonsense, and right ones for those it needs."""

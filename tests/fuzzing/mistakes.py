@@ -120,7 +120,7 @@ IMAGES = [
     Mistake("no voxels", every(lambda tensor: tensor[..., :0]), _IMAGES),
     Mistake("meta", every(lambda tensor: tensor.to("meta")), _IMAGES),
     Mistake("another axis", every(lambda tensor: tensor[..., None]), _IMAGES),
-    Mistake("other sizes", some(lambda tensor: torch.cat([tensor, tensor], -1)), f"{_IMAGES}|{_TARGET}"),
+    Mistake("other sizes", some(lambda tensor: torch.cat([tensor] * 3, -1)), f"{_IMAGES}|{_TARGET}"),
     Mistake("sparse", some(lambda tensor: tensor.to_sparse()), _IMAGES),
 ]
 
