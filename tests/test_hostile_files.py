@@ -250,11 +250,13 @@ def split_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("p1\np2\n".encode("utf-16"), "not UTF-8 text"),
         (b"p1\n=HYPERLINK(A1)\n", "would run as a formula"),
         (b"p1\n" * 1000, "more than once: 'p1'"),
+        (b"x" * 5000 + b"\n", "more than 1000 characters"),
+        (b"\n" * 1_000_001, "lines; a table has at most 1000000"),
         ("/dev/zero", "not a regular file but a device"),
         (".", "not a regular file but a folder"),
         ("missing.txt", "No such file"),
     ],
-    ids=["nul", "direction", "encoding", "formula", "repeated", "device", "folder", "missing"],
+    ids=["nul", "direction", "encoding", "formula", "repeated", "long", "lines", "device", "folder", "missing"],
 )
 def test_a_list_of_names_is_checked_like_a_table(split_command: Any, content: Any, match: str) -> None:
     code, errors = split_command(content)

@@ -235,7 +235,7 @@ def _names(path: str, problems: list[str]) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         problems.append(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})")
         return ()
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    names = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not names:
         problems.append(f"{path}: no names in it; need one per line")
     return names

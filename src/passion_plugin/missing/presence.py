@@ -25,6 +25,7 @@ __all__ = ["PresenceTable", "default_ids"]
 
 _TITLE = "passion-plugin presence table 1"
 _SEEDS = 10**20
+_LONGEST_ID = 1000
 # What a spreadsheet takes for a formula that calls something; no real id starts like this.
 _FORMULA = re.compile(r"\s*[=+@-].*[(|!]")
 
@@ -264,6 +265,9 @@ def _id_problems(sample_ids: Any) -> list[str]:
     odd = [name for name in ids if not isinstance(name, str) or not name.strip() or not name.isprintable()]
     if odd:
         problems.append(f"sample ids must be non-empty printable strings; found {shortlist(odd)}")
+    long = [name for name in ids if isinstance(name, str) and len(name) > _LONGEST_ID]
+    if long:
+        problems.append(f"sample ids of more than {_LONGEST_ID} characters: {shortlist(long)}")
     formulas = [name for name in ids if isinstance(name, str) and _FORMULA.match(name)]
     if formulas:
         problems.append(

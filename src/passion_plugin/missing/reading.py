@@ -20,10 +20,13 @@ Numbered = list[tuple[int, list[str]]]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file, with or without byte order mark.
+    """Read a UTF-8 file, with or without byte order mark, with any line ends.
 
     Args:
-        path: a regular file of at most 64 MB, or a link to one.
+        path: a regular file of at most 64 MB and a million lines, or a link to one.
+
+    Returns:
+        Its text, in which lines end with a newline.
 
     Raises:
         ConfigError: it is no regular file (a pipe or a device may never end), is too large or not UTF-8 text.
@@ -38,33 +41,33 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         # Some file systems say 0 for files that have no end.
         with file.open("rb") as opened:
-            return opened.read(_LARGEST_FILE).decode("utf-8-sig")
+            text = opened.read(_LARGEST_FILE).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    if (count := text.count("\n")) > _MOST_LINES:
+        raise ConfigError(f"{file}: {count} lines; a table has at most {_MOST_LINES}. Wrong file?")
+    return text
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, str]], Numbered, list[str]]:
-    """Read a UTF-8 CSV file, with or without byte order mark, with any line ends.
+    """Read a CSV file line by line.
 
     Args:
-        path: a regular file of at most 64 MB and a million lines of at most 10 000 characters.
+        path: as for :func:`read_text`; lines of at most 10 000 characters.
 
     Returns:
         ``(comments, rows, problems)``: comment lines before the header without their ``#`` and non-empty
         rows, both with line numbers from 1, and sentences about lines that are no CSV.
 
     Raises:
-        ConfigError: as :func:`read_text`, or there are too many lines.
+        ConfigError: as :func:`read_text`.
         FileNotFoundError: there is no such file.
     """
-    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
-    if (count := text.count("\n")) > _MOST_LINES:
-        raise ConfigError(f"{os.fspath(path)}: {count} lines; a table has at most {_MOST_LINES}. Wrong file?")
     comments: list[tuple[int, str]] = []
     rows: Numbered = []
     problems: list[str] = []
     # One line at a time: a stray quote then spoils its own line and not the rest of the file.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if len(line) > _LONGEST_LINE:
             problems.append(f"line {number}: {len(line)} characters, more than {_LONGEST_LINE}: {shorten(line)}")
         elif not rows and line.startswith("#"):
