@@ -90,6 +90,12 @@ class TestTensors:
             model.passion_loss(change(y))
         assert model.passion_loss(y) > 0
 
+    def test_a_complex_mask_is_no_integer_mask(self) -> None:
+        model = wrap(mask_format="int")
+        x, mask, _ = batch(MIXED)
+        with pytest.raises(InputError, match=r"must be a int tensor.*got dtype torch\.complex64"):
+            model(x, mask + 0j)
+
     def test_a_meta_presence_is_refused(self) -> None:
         net = NoMaskNet(M)
         model = wrap(net, mask_argument=None, students="mixed")
@@ -214,8 +220,9 @@ class TestSettings:
 
 class TestMissing:
     def test_ten_digits_too_many_are_not_allocated(self) -> None:
-        with pytest.raises(ConfigError, match="more than 10000000 samples"):
+        with pytest.raises(ConfigError, match=r"samples=1000000.*: more than 10000000; pass their ids"):
             draw_presence(10**30, {"a": 0.1, "b": 0.1}, seed=0)
+        assert len(draw_presence(np.int64(3), {"a": 0.1, "b": 0.1}, seed=0)) == 3  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("rates", [0.5, "a=0.5", [0.1, 0.2], None])
     def test_rates_are_a_mapping(self, rates: Any) -> None:

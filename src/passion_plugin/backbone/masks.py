@@ -115,7 +115,7 @@ class _TensorCodec:
         matches = {
             "bool": raw.dtype == torch.bool,
             "float": raw.is_floating_point(),
-            "int": not raw.is_floating_point() and raw.dtype != torch.bool,
+            "int": not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool),
         }[self.mask_format]
         if not matches:
             raise InputError(

@@ -73,11 +73,11 @@ def draw_presence(
     ]
     if isinstance(samples, str):
         problems.append(f"samples={samples!r} is one string; pass a list of ids or their number")
-    elif isinstance(samples, int) and samples > _MOST_SAMPLES:
-        problems.append(f"samples={samples!r}: more than {_MOST_SAMPLES} samples; pass their ids")
+    if is_whole(samples, least=_MOST_SAMPLES + 1):
+        problems.append(f"samples={samples!r}: more than {_MOST_SAMPLES}; pass their ids")
         samples = 1
-    ids = default_ids(samples) if isinstance(samples, int) else members(samples) or ()
-    if not ids:
+    ids = default_ids(int(samples)) if is_whole(samples, least=0) else members(samples) or ()  # type: ignore[arg-type]
+    if not ids and not isinstance(samples, str):
         problems.append(f"samples={samples!r}: need at least one sample")
     if not is_whole(seed, least=0):
         problems.append(f"seed={seed!r}: pass a whole number, 0 or more, so that the draw can be repeated")

@@ -26,7 +26,7 @@ __all__ = ["PresenceTable", "default_ids"]
 _TITLE = "passion-plugin presence table 1"
 _SEEDS = 10**20
 _LONGEST_ID = 1000
-# What a spreadsheet takes for a formula that calls something; no real id starts like this.
+# What a spreadsheet takes for a formula that calls something.
 _FORMULA = re.compile(r"\s*[=+@-].*[(|!]")
 
 
@@ -270,10 +270,7 @@ def _id_problems(sample_ids: Any) -> list[str]:
         problems.append(f"sample ids of more than {_LONGEST_ID} characters: {shortlist(long)}")
     formulas = [name for name in ids if isinstance(name, str) and _FORMULA.match(name)]
     if formulas:
-        problems.append(
-            f"sample ids that a spreadsheet would run as a formula: {shortlist(formulas)}; rename them, and do not "
-            "trust a file that came with them"
-        )
+        problems.append(f"sample ids that a spreadsheet would run as a formula: {shortlist(formulas)}; rename them")
     repeated = sorted(name for name, count in Counter(map(str, ids)).items() if count > 1)
     if repeated:
         problems.append(f"sample ids that occur more than once: {shortlist(repeated)}")
