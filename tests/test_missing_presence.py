@@ -260,7 +260,7 @@ def test_mask_columns_follow_the_names_given() -> None:
         (0, {"a": 0.1, "b": 0.1}, {}, "at least one sample"),
         ("case", {"a": 0.1, "b": 0.1}, {}, "one string"),
         (["p", "p"], {"a": 0.1, "b": 0.1}, {}, "more than once"),
-        (10, {}, {}, "modalities is empty"),
+        (10, {}, {}, "rates={}; pass a rate for each modality"),
         (10, {"a": 0.1, "b": 0.1}, {"seed": None}, "seed=None"),
     ],
 )

@@ -136,7 +136,7 @@ def test_drop_without_generator_follows_the_global_seed() -> None:
 @pytest.mark.parametrize(
     ("presence", "match"),
     [
-        (torch.ones(2, 3), r"float32 of shape \(2, 3\)"),
+        (torch.ones(2, 3), r"float32 tensor of shape \(2, 3\)"),
         (torch.ones(3, dtype=torch.bool), r"\(B, M\)"),
         (torch.tensor([[True, False], [False, False]]), r"rows \[1\]"),
     ],

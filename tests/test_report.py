@@ -266,7 +266,7 @@ class TestMistakes:
             lines[1:],
             (
                 *("metrics.jsonl, line 1: no JSON", "metrics.jsonl, line 3: not an object"),
-                *("line 8: could not convert string to float: 'much'", "results-PASSION.csv: 'utf-8'"),
+                *("line 8: could not convert string to float: 'much'", "results-PASSION.csv: not UTF-8 text"),
                 *("results.csv: columns [", "overlays/page.png: no PNG file", "run.json: not an object"),
             ),
             strict=True,

@@ -20,6 +20,7 @@ from zoo.entry import one_subset
 from zoo.reference import (
     clone_arguments,
     encoder_parameters,
+    fingerprint,
     first_difference,
     prepared,
     run,
@@ -29,7 +30,6 @@ from zoo.reference import (
 
 WORKS = [entry for entry in ZOO.values() if entry.expected == "works"]
 REFUSED = [entry for entry in ZOO.values() if entry.expected == "refused"]
-HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 each_working = pytest.mark.parametrize("entry", WORKS, ids=lambda entry: entry.name)
 each_comparable = pytest.mark.parametrize(
@@ -70,20 +70,6 @@ def step(model: PassionWrapper, entry: ZooEntry) -> Tensor:
     loss = model.passion_loss(entry.labels())
     loss.backward()
     return loss
-
-
-def fingerprint(backbone: nn.Module) -> dict[str, Any]:
-    """Whatever a wrapper could leave behind: attributes, hooks, replaced forwards, other modules or keys."""
-    traces: dict[str, Any] = {"keys": list(backbone.state_dict()), "class": type(backbone)}
-    for name, module in backbone.named_modules(remove_duplicate=False):
-        traces[f"{name} attributes"] = sorted(vars(module))
-        traces[f"{name} forward"] = module.__dict__.get("forward")
-        traces[f"{name} hooks"] = {hook: list(getattr(module, hook) or ()) for hook in HOOKS}
-        traces[f"{name} mode"] = module.training
-    for name, parameter in backbone.named_parameters():
-        traces[f"{name} gradient hooks"] = len(parameter._backward_hooks or {})
-        traces[f"{name} accumulation hooks"] = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
-    return traces
 
 
 def test_the_zoo_has_at_least_25_animals_that_work_and_each_says_what_is_awkward() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.settings import members
 
 __all__ = ["Preference", "presence_counts_of", "project_beta", "usable_distances"]
 
@@ -175,7 +177,12 @@ def presence_counts_of(
         if unknown or lacking:
             return None
         counts = [counts[name] for name in modalities]
-    values = torch.tensor([float(count) for count in counts], dtype=torch.float64)
+    numbers: Sequence[Any] = members(counts) or [counts]
+    try:
+        values = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        problems.append(f"presence_counts={counts!r}: need a number for each of {modalities}")
+        return None
     if values.shape != (len(modalities),):
         problems.append(f"presence_counts has {len(values)} numbers; need one for each of {modalities}")
     elif not bool((torch.isfinite(values) & (values > 0)).all()):

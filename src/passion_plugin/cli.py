@@ -26,6 +26,7 @@ from passion_plugin.backbone.presets import PRESETS, preset
 from passion_plugin.backbone.report import inspect
 from passion_plugin.errors import ConfigError, PassionError, suggest
 from passion_plugin.missing import draw_presence, write_split_csv
+from passion_plugin.missing.reading import read_text
 from passion_plugin.missing.subsets import modality_problems
 
 __all__ = ["main"]
@@ -224,14 +225,17 @@ def _reason(error: BaseException) -> str:
 
 def _names(path: str, problems: list[str]) -> tuple[str, ...]:
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read().removeprefix("\ufeff") if path == "-" else read_text(path)
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
         return ()
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
+    except ConfigError as error:
+        problems.append(str(error))
         return ()
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        problems.append(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})")
+        return ()
+    names = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not names:
         problems.append(f"{path}: no names in it; need one per line")
     return names

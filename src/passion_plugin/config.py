@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from passion_plugin.errors import raise_problems
 from passion_plugin.ops._dispatch import Backend
+from passion_plugin.settings import is_number, is_one_of, is_whole
 
 __all__ = ["HOW_PASSES_RUN", "Memory", "Mode", "Modulation", "PassionConfig"]
 
@@ -105,22 +105,22 @@ class PassionConfig:
                 ("memory", get_args(Memory)),
                 ("backend", get_args(Backend)),
             )
-            if getattr(self, name) not in choices
+            if not is_one_of(getattr(self, name), choices)
         ]
-        if self.skip_missing_encoders not in (True, False, "auto"):
+        if not isinstance(self.skip_missing_encoders, bool) and not is_one_of(self.skip_missing_encoders, ("auto",)):
             problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
-        for name in ("rarity_weights", "gate"):
+        for name in ("rarity_weights", "gate", "stack_students", "share_random_state"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
-            if not _is_number(getattr(self, name), above=0):
+            if not is_number(getattr(self, name), above=0):
                 problems.append(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
         for name in ("pixel_weight", "prototype_weight", "unimodal_weight", "eta"):
-            if not _is_number(getattr(self, name), least=0):
+            if not is_number(getattr(self, name), least=0):
                 problems.append(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
         for name, least in (("warmup_epochs", 0), ("eta_every", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not is_whole(value, least=least):
                 problems.append(f"{name} must be an integer, {least} or more, got {value!r}")
         if not problems and not self.beta_min <= 1 <= self.beta_max:
             problems.append(
@@ -144,7 +144,3 @@ class PassionConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, for logs and checkpoints."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def _is_number(value: Any, *, above: float = -math.inf, least: float = -math.inf) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value > above and value >= least

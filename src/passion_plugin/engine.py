@@ -27,6 +27,7 @@ from passion_plugin.overrides import one_at_a_time
 from passion_plugin.parallel import check_heads
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
+from passion_plugin.settings import members
 from passion_plugin.step import TrainingStep
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.registry import resolve
@@ -74,7 +75,7 @@ class Passion:
         example_mask: Any = None,
     ) -> None:
         self.backbone = backbone
-        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
+        self.modalities = members(modalities) or (modalities,)
         self.strategy, self.config = resolve(strategy, config)
         if example_mask is not None and example_input is None:
             raise ConfigError("example_mask was given without example_input")

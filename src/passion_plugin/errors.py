@@ -17,8 +17,11 @@ __all__ = [
     "PassionWarning",
     "UsageError",
     "raise_problems",
+    "short",
     "suggest",
 ]
+
+_MOST_PROBLEMS = 20
 
 
 class PassionError(Exception):
@@ -59,8 +62,8 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
         >>> suggest("t1c", ["flair", "t1ce", "t1", "t2"])
         " Did you mean 't1ce' or 't1'?"
     """
-    pool = sorted(set(candidates))
-    close = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
+    pool = sorted(set(map(str, candidates)))
+    close = difflib.get_close_matches(str(name), pool, n=3, cutoff=0.5)
     if close:
         return f" Did you mean {_either(close)}?"
     if 0 < len(pool) <= 12:
@@ -69,7 +72,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 
 
 def raise_problems(problems: Sequence[str], *, what: str, error: type[PassionError] = ConfigError) -> None:
-    """Raise one error that lists every problem; do nothing when there is none.
+    """Raise one error that lists every problem, the first 20 in words; do nothing when there is none.
 
     Args:
         problems: one sentence each, with what was found and what to do.
@@ -83,8 +86,16 @@ def raise_problems(problems: Sequence[str], *, what: str, error: type[PassionErr
         return
     if len(problems) == 1:
         raise error(f"{what}: {problems[0]}")
-    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
-    raise error(f"{what}: {len(problems)} problems\n{lines}")
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1)]
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"  and {len(problems) - _MOST_PROBLEMS} more")
+    raise error("\n".join([f"{what}: {len(problems)} problems", *lines]))
+
+
+def short(error: Exception) -> str:
+    """Return class and message of an exception on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
 
 def _either(names: Sequence[str]) -> str:

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_map
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
-from passion_plugin.errors import BackboneError
+from passion_plugin.errors import BackboneError, PassionError, short
 from passion_plugin.overrides import overridden_forward
 from passion_plugin.random_state import kept_random_state, random_state, set_random_state
 from passion_plugin.skipping import skipping
 from passion_plugin.taps import FeatureRecord, Segment, Tap
 
-__all__ = ["FusedPass", "Prediction", "Skip", "fused_pass", "student_pass"]
+__all__ = ["FusedPass", "Prediction", "Skip", "explained", "fused_pass", "student_pass"]
 
 Skip = Literal["no", "absent", "rows"]
 """Where encoders of missing modalities are left out."""
@@ -166,6 +166,26 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     return prediction.split([len(segment.rows) for segment in segments])
 
 
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Say of an exception that it comes from a pass that the user never asked for.
+
+    Only for passes within forward: checkpoints recompute in backward, and stop that by an exception of their own.
+
+    Raises:
+        BackboneError: instead of the exception of the backbone.
+    """
+    try:
+        yield
+    except (PassionError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BackboneError(
+            f"the backbone ran on the batch, but raises when it is given {what}: {short(error)}. Normalisation layers "
+            f"that need more than one value? Use larger batches or images, or layers without batch statistics"
+        ) from error
+
+
 def _upstream_is_trainable(bound: BoundBackbone) -> bool:
     """Whether what is in front of the classifier has parameters to train; the encoders, where they are known."""
     last = set() if bound.classifier is None else set(bound.classifier.parameters())
@@ -209,6 +229,7 @@ def _absent_record(bound: BoundBackbone, call: BackboneCall, batch: int) -> Feat
     record = FeatureRecord(bound.encoders, copy=bound.spec.copy_features)
     nothing = torch.zeros(1, len(bound.modalities), dtype=torch.bool)
     call = bound.blanked(bound.rows(call, torch.tensor([0]), batch), nothing)
-    with bound.student_mode(), overridden_forward(record.recording()):
+    what = "one sample in which every modality is absent"
+    with explained(what), bound.student_mode(), overridden_forward(record.recording()):
         bound.run_masked(call, ~nothing)
     return record

@@ -19,6 +19,7 @@ from passion_plugin.balance import Preference, presence_counts_of, project_beta,
 from passion_plugin.config import Mode
 from passion_plugin.errors import PassionWarning, raise_problems
 from passion_plugin.parallel import summed
+from passion_plugin.settings import is_number, is_one_of, is_whole, members
 from passion_plugin.state_checks import entry_problems, listed, shown
 
 __all__ = ["Preference", "PreferenceEstimator"]
@@ -103,20 +104,20 @@ class PreferenceEstimator(nn.Module):
         beta_max: float = 4.0,
     ) -> None:
         super().__init__()
-        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+        self.modalities = members(modalities) or (modalities,)
         size = len(self.modalities)
         problems = []
-        if size < 2 or len(set(self.modalities)) < size:
+        if size < 2 or len(set(map(str, self.modalities))) < size:
             problems.append(f"modalities={modalities!r}: pass at least two different names")
-        if mode not in ("default", "official"):
+        if not is_one_of(mode, ("default", "official")):
             problems.append(f"mode={mode!r}: pass 'default' or 'official'")
-        if not 0 <= eta < math.inf:
+        if not is_number(eta, least=0):
             problems.append(f"eta={eta!r}: pass a finite number, 0 or more")
-        if not 0 < eta_growth < math.inf:
+        if not is_number(eta_growth, above=0):
             problems.append(f"eta_growth={eta_growth!r}: pass a finite number above 0")
-        if eta_every < 1:
+        if not is_whole(eta_every, least=1):
             problems.append(f"eta_every={eta_every!r}: pass a number of epochs, 1 or more")
-        if not 0 < beta_min <= 1 <= beta_max < math.inf:
+        if not is_number(beta_min, above=0, most=1) or not is_number(beta_max, least=1):
             problems.append(f"beta_min={beta_min!r}, beta_max={beta_max!r}: need 0 < min <= 1 <= max")
         self.presence_counts: Tensor | None = None
         if presence_counts is not None:

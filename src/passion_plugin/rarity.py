@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, raise_problems, suggest
+from passion_plugin.settings import members
 
 __all__ = ["Rarity"]
 
@@ -89,11 +90,11 @@ class Rarity:
             ]
             problems += [f"no rate for {name!r}" for name in modalities if name not in missing_rates]
             rates = [missing_rates.get(name, 0.0) for name in modalities]
-        elif isinstance(missing_rates, str) or not isinstance(missing_rates, Iterable):
+        elif (listed := members(missing_rates)) is None:
             wanted = f"a rate for each of {tuple(modalities)}, by name or in order"
             raise ConfigError(f"missing_rates must be {wanted}, got {missing_rates!r}")
         else:
-            rates = list(missing_rates)
+            rates = list(listed)
             if len(rates) != len(modalities):
                 problems.append(f"{len(rates)} rates for {len(modalities)} modalities")
         problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not _is_rate(rate)]

@@ -10,7 +10,6 @@ Every file is optional, but one of the first three has to be there:
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from passion_plugin.logged import is_of_an_epoch
 __all__ = ["Run", "RunLog", "read_run"]
 
 METRICS, FACTS, OVERLAYS = "metrics.jsonl", "run.json", "overlays"
+_DEEPEST = 50
 
 
 class RunLog:
@@ -174,11 +174,21 @@ def _records(path: Path, problems: list[str], notes: list[str]) -> list[dict[str
 
 def _json_object(text: bytes, parse_int: Callable[[str], float] = int) -> tuple[dict[str, Any], str]:
     """Return an object, or what is wrong with it."""
+    start = text[:40].decode(errors="replace")
     try:
         record = json.loads(text.decode("utf-8-sig"), parse_int=parse_int)
+        if b"\\u" in text:
+            json.dumps(record, ensure_ascii=False).encode()  # Half a character, which nothing can show, raises.
     except (ValueError, RecursionError) as error:
-        return {}, f"no JSON ({error}): {text[:40].decode(errors='replace')}"
-    return (record, "") if isinstance(record, dict) else ({}, f"not an object: {text[:40].decode(errors='replace')}")
+        return {}, f"no JSON ({error}): {start}"
+    if not _is_shallow(record, _DEEPEST):
+        return {}, f"more than {_DEEPEST} levels deep: {start}"
+    return (record, "") if isinstance(record, dict) else ({}, f"not an object: {start}")
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(part, levels - 1) for part in inner)
 
 
 def _results(folder: Path, problems: list[str], notes: list[str]) -> dict[str, SubsetResults]:
@@ -189,7 +199,7 @@ def _results(folder: Path, problems: list[str], notes: list[str]) -> dict[str, S
             continue
         try:
             results[path.stem.removeprefix("results-")] = SubsetResults.from_csv(path)
-        except (PassionError, OSError, UnicodeDecodeError, csv.Error) as error:
+        except (PassionError, OSError) as error:
             problems.append(str(error) if path.name in str(error) else f"{path.name}: {error}")
     if not results:
         notes.append("There is no results.csv: the model was not evaluated.")
@@ -197,7 +207,9 @@ def _results(folder: Path, problems: list[str], notes: list[str]) -> dict[str, S
 
 
 def _overlays(folder: Path, problems: list[str]) -> dict[str, bytes]:
-    overlays = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+    # What is no file, such as a pipe, may never end.
+    files = sorted(folder.glob("*.png"))
+    overlays = {path.stem: path.read_bytes() if path.is_file() else b"" for path in files}
     problems += [
         f"{OVERLAYS}/{name}.png: no PNG file" for name, data in overlays.items() if not data.startswith(b"\x89PNG")
     ]

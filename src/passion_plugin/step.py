@@ -19,8 +19,10 @@ from passion_plugin.parallel import in_lockstep
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.reentrant import passes_reentrant, reentrant_problem
+from passion_plugin.settings import members
 from passion_plugin.students import Student, active_students, run_students, with_stand_ins
 from passion_plugin.targets import prepare_target
+from passion_plugin.validate import describe
 from passion_plugin.zeros import zero_of
 
 if TYPE_CHECKING:
@@ -81,8 +83,10 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
-            BackboneError: reentrant activation checkpointing, seen in the first batch.
+            BackboneError: what leaves the classifier is not usable, or reentrant activation checkpointing, seen in the
+                first batch.
         """
+        bound.check_images(call)
         available = bound.availability(call, presence)
         bound.check_finite(call, available)
         lockstep = in_lockstep(bound.backbone)
@@ -98,10 +102,12 @@ class TrainingStep:
             copy_features=lockstep,
             skip=skip,
         )
+        logits = fused.prediction.logits
         if not bound.trained:
-            if passes_reentrant((fused.raw, fused.prediction.logits)):
+            if passes_reentrant((fused.raw, logits)):
                 raise BackboneError(reentrant_problem())
             bound.trained = True
+        _check_classes(bound, logits)
         segments = strategy.segments(available)
         stands_in = [False] * len(segments)
         if lockstep:
@@ -123,7 +129,6 @@ class TrainingStep:
             if all(modality not in student.modalities for student in students)
             for parameter in head.parameters()
         ]
-        logits = fused.prediction.logits
         return cls(
             bound=bound,
             raw=fused.raw,
@@ -200,13 +205,31 @@ class TrainingStep:
         pick = self.bound.spec.unimodal_outputs
         if pick is None or config.mode != "official":
             return None
-        predictions = pick(self.raw)
-        if predictions is not None and len(predictions) != len(self.bound.modalities):
+        picked = pick(self.raw)
+        if picked is None:
+            return None
+        predictions = members(picked) or ()
+        if len(predictions) != len(self.bound.modalities):
             raise BackboneError(
                 f"BackboneSpec.unimodal_outputs gave {len(predictions)} predictions for the modalities "
                 f"{self.bound.modalities}; it must give one for each, in this order"
             )
+        logits = self.teacher.logits
+        wrong = [x for x in predictions if not isinstance(x, Tensor) or x.ndim != logits.ndim or len(x) != len(logits)]
+        if wrong:
+            raise BackboneError(
+                f"BackboneSpec.unimodal_outputs gave {describe(wrong[0])}; each prediction must be a tensor of "
+                f"probabilities (B, K, *spatial) like the logits {tuple(logits.shape)}"
+            )
         return predictions
+
+
+def _check_classes(bound: BoundBackbone, logits: Tensor) -> None:
+    if bound.spec.outputs == "softmax" and logits.ndim > 1 and logits.shape[1] == 1:
+        raise BackboneError(
+            f"the classifier {bound.spec.classifier!r} gives one class, whose softmax is 1 whatever the network says: "
+            f"set BackboneSpec(outputs='sigmoid') and pass region masks (B, 1, *spatial), or give it two classes"
+        )
 
 
 def _log(probability: Tensor) -> Tensor:

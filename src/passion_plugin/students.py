@@ -13,7 +13,7 @@ from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.heads import feature_maps
-from passion_plugin.passes import FusedPass, Prediction, student_pass
+from passion_plugin.passes import FusedPass, Prediction, explained, student_pass
 from passion_plugin.random_state import kept_random_state
 from passion_plugin.taps import Segment
 
@@ -74,7 +74,8 @@ def run_students(
         Students in the order of the segments.
 
     Raises:
-        BackboneError: several modalities at once are asked of a backbone whose students are heads.
+        BackboneError: several modalities at once are asked of a backbone whose students are heads, or the backbone
+            raises where a part of the batch is let through.
     """
     if bound.spec.students == "heads":
         return [_head_student(bound, fused, heads, segment) for segment in segments]
@@ -82,7 +83,10 @@ def run_students(
     students = []
     with kept_random_state(config.share_random_state):
         for group in groups:
-            predictions = _run(bound, fused, group, config)
+            names = dict.fromkeys(name for segment in group for name in segment.modalities)
+            rows = sum(len(segment.rows) for segment in group)
+            with explained(f"only {', '.join(names)} of {rows} sample(s)"):
+                predictions = _run(bound, fused, group, config)
             students += [
                 Student(segment.modalities, segment.rows, prediction)
                 for segment, prediction in zip(group, predictions, strict=True)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from passion_plugin.backbone.spec import Outputs
 from passion_plugin.errors import InputError
-from passion_plugin.validate import Problems, check_labels, describe
+from passion_plugin.validate import Problems, check_labels, describe, unreadable
 
 __all__ = ["prepare_target", "resize_labels"]
 
@@ -33,6 +33,8 @@ def prepare_target(
     """
     if not isinstance(target, Tensor):
         raise InputError(f"the target must be a tensor, got {describe(target)}")
+    if reason := unreadable(target):
+        raise InputError(f"the target {reason}")
     batch, num_classes, *size = logits.shape
     spatial_ndim = len(size)
     if outputs == "softmax" and target.ndim == spatial_ndim + 2 and target.shape[1] == num_classes:

@@ -30,6 +30,7 @@ __all__ = [
     "check_positive_int",
     "check_positive_number",
     "describe",
+    "unreadable",
 ]
 
 Outputs = Literal["softmax", "sigmoid"]
@@ -84,6 +85,18 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def unreadable(tensor: Tensor) -> str:
+    """Say why the values of a tensor cannot be looked at; empty when they can.
+
+    Example:
+        >>> unreadable(torch.eye(2).to_sparse())
+        'has layout torch.sparse_coo; pass tensor.to_dense()'
+    """
+    if tensor.is_meta:
+        return "is on the meta device, which holds no values"
+    return "" if tensor.layout == torch.strided else f"has layout {tensor.layout}; pass tensor.to_dense()"
 
 
 def check_choice(problems: Problems, name: str, value: object, choices: Sequence[str]) -> None:

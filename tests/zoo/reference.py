@@ -26,12 +26,16 @@ __all__ = [
     "bare",
     "clone_arguments",
     "encoder_parameters",
+    "fingerprint",
     "first_difference",
     "prepared",
     "run",
     "slow_step",
     "without_noise",
 ]
+
+
+HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,20 @@ def first_difference(one: Any, other: Any) -> str:
         elif left != right:
             return f"leaf {index}: {left!r} against {right!r}"
     return ""
+
+
+def fingerprint(backbone: nn.Module) -> dict[str, Any]:
+    """Whatever a wrapper could leave behind: attributes, hooks, replaced forwards, other modules or keys."""
+    traces: dict[str, Any] = {"keys": list(backbone.state_dict()), "class": type(backbone)}
+    for name, module in backbone.named_modules(remove_duplicate=False):
+        traces[f"{name} attributes"] = sorted(vars(module))
+        traces[f"{name} forward"] = module.__dict__.get("forward")
+        traces[f"{name} hooks"] = {hook: list(getattr(module, hook) or ()) for hook in HOOKS}
+        traces[f"{name} mode"] = module.training
+    for name, parameter in backbone.named_parameters():
+        traces[f"{name} gradient hooks"] = len(parameter._backward_hooks or {})
+        traces[f"{name} accumulation hooks"] = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
+    return traces
 
 
 @functools.cache

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin.backbone.calls import BackboneCall, locate_argument
-from passion_plugin.backbone.inputs import batch_size, blank, split
+from passion_plugin.backbone.inputs import batch_size, blank, check_images, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
 from passion_plugin.backbone.spec import BackboneSpec
-from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
 from passion_plugin.overrides import overridden_forward, undone
 from passion_plugin.skipping import Layouts
 from passion_plugin.taps import resolve_module
+from passion_plugin.validate import describe
 
 __all__ = ["BoundBackbone"]
 
@@ -115,6 +116,15 @@ class BoundBackbone:
         """Whether the call says which modalities are present."""
         return self._mask is not None and call.get(self._mask) is not None
 
+    def check_images(self, call: BackboneCall) -> None:
+        """Raise when the images of a call are not what its modalities can be told apart in.
+
+        Raises:
+            InputError: naming the modalities.
+        """
+        if self.spec.absent is None:
+            check_images(self.input_of(call), self.modalities)
+
     def availability(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
         """Return what may be looked at: at least what the mask of the call lets through.
 
@@ -188,8 +198,15 @@ class BoundBackbone:
         if bool(keep.all()):
             return call
         x = self.input_of(call)
-        absent = self.spec.absent
-        return self.with_input(call, absent(x, keep) if absent else blank(x, keep, self.modalities))
+        if self.spec.absent is None:
+            return self.with_input(call, blank(x, keep, self.modalities))
+        hidden = self.spec.absent(x, keep)
+        if not isinstance(hidden, type(x)) or [leaf.shape for leaf in _leaves(hidden)] != [y.shape for y in _leaves(x)]:
+            raise BackboneError(
+                f"BackboneSpec.absent gave {describe(hidden)} for {describe(x)}; it must return images of the "
+                f"same kind and shape, without the modalities outside the mask"
+            )
+        return self.with_input(call, hidden)
 
     def run_masked(self, call: BackboneCall, keep: Tensor) -> Any:
         """Run the backbone on a call with the modalities outside ``keep`` blanked and masked.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from passion_plugin.backbone.masks import MaskCodec
 from passion_plugin.backbone.probe import Probe, relative_difference
+from passion_plugin.errors import short
 
 __all__ = [
     "BatchBehaviour",
@@ -17,7 +18,6 @@ __all__ = [
     "mask_behaviour",
     "mask_meaning",
     "settle_batch",
-    "short",
 ]
 
 EFFECT = 1e-5
@@ -179,9 +179,3 @@ def mask_behaviour(probe: Probe) -> MaskBehaviour:
             found.failure = f"a mask with only {probe.modalities[k]!r} present raises {short(error)}"
             break
     return found
-
-
-def short(error: Exception) -> str:
-    """Return class and message of an exception on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"

@@ -8,9 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passion_plugin.errors import InputError, suggest
+from passion_plugin.errors import InputError, raise_problems, suggest
+from passion_plugin.validate import describe, unreadable
 
-__all__ = ["batch_size", "blank", "join", "split"]
+__all__ = ["batch_size", "blank", "check_images", "join", "split"]
+
+
+def check_images(x: Any, modalities: Sequence[str]) -> None:
+    """Check that every modality has a tensor whose values can be looked at, all with the same batch size.
+
+    Args:
+        x: as for :func:`split`.
+        modalities: names.
+
+    Raises:
+        InputError: listing every modality that has not.
+    """
+    if isinstance(x, Tensor) and unreadable(x):
+        raise InputError(f"the input {unreadable(x)}")
+    parts = split(x, modalities)
+    problems = []
+    for name, part in zip(modalities, parts, strict=True):
+        if not isinstance(part, Tensor) or part.ndim < 2:
+            problems.append(f"that of {name!r} is {describe(part)}, need a tensor (batch, channels, *spatial)")
+        elif reason := unreadable(part):
+            problems.append(f"that of {name!r} {reason}")
+    sizes = [] if problems else [len(part) for part in parts]
+    if len(set(sizes)) > 1:
+        problems.append(f"the batch sizes of {tuple(modalities)} differ: {sizes}")
+    raise_problems(problems, what="the input", error=InputError)
 
 
 def split(x: Any, modalities: Sequence[str]) -> list[Tensor]:
@@ -77,7 +103,8 @@ def blank(x: Any, keep: Tensor, modalities: Sequence[str]) -> Any:
 
 def batch_size(x: Any) -> int:
     """Return the batch size of an input in any of the containers of :func:`split`."""
-    first = x if isinstance(x, Tensor) else next(iter(x.values() if isinstance(x, Mapping) else x), None)
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else [x]
+    first = next(iter(values), None)
     if not isinstance(first, Tensor) or first.ndim == 0:
         raise InputError(f"cannot read a batch size off an input of type {type(x).__name__}")
     return first.shape[0]

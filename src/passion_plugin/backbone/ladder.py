@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passion_plugin.backbone.checks import EFFECT, equality_tolerance, short
+from passion_plugin.backbone.checks import EFFECT, equality_tolerance
 from passion_plugin.backbone.probe import Probe, relative_difference
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.backbone.training import gradient_difference, true_student
-from passion_plugin.errors import PassionError
+from passion_plugin.errors import PassionError, short
 from passion_plugin.passes import Prediction, fused_pass, student_pass
 from passion_plugin.taps import Segment
 

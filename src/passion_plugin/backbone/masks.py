@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import InputError
+from passion_plugin.validate import unreadable
 
 __all__ = ["MASK_FORMATS", "MaskCodec", "check_mask"]
 
@@ -70,6 +72,8 @@ def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what:
     count = len(modalities)
     if not isinstance(mask, Tensor):
         raise InputError(f"{what} must be a torch.bool tensor (batch, {count}), got {type(mask).__name__}")
+    if reason := unreadable(mask):
+        raise InputError(f"{what} {reason}")
     if mask.dtype != torch.bool:
         raise InputError(
             f"{what} must have dtype torch.bool, got {mask.dtype}: an integer mask indexes instead of masking "
@@ -106,10 +110,12 @@ class _TensorCodec:
     def decode(self, raw: Any) -> Tensor:
         if not isinstance(raw, Tensor):
             raise InputError(f"the mask must be a tensor of format {self.mask_format!r}, got {type(raw).__name__}")
+        if reason := unreadable(raw):
+            raise InputError(f"the mask {reason}")
         matches = {
             "bool": raw.dtype == torch.bool,
             "float": raw.is_floating_point(),
-            "int": not raw.is_floating_point() and raw.dtype != torch.bool,
+            "int": not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool),
         }[self.mask_format]
         if not matches:
             raise InputError(
@@ -137,12 +143,19 @@ class _IndexCodec:
 
     def decode(self, raw: Any) -> Tensor:
         if isinstance(raw, Tensor):
+            if reason := unreadable(raw):
+                raise InputError(f"the mask {reason}")
             raw = raw.tolist()
         if not isinstance(raw, Sequence) or not all(isinstance(index, int) for index in raw):
-            raise InputError(f"the mask must be a list of modality indices for the whole batch, got {raw!r}")
+            raise InputError(
+                f"the mask must be a list of modality indices for the whole batch, got {reprlib.repr(raw)}"
+            )
         indices = list(raw)
         count = len(self.order)
         if any(not 0 <= index < count for index in indices) or len(set(indices)) != len(indices):
-            raise InputError(f"the list of modality indices must hold each of 0..{count - 1} at most once, got {raw}")
+            raise InputError(
+                f"the mask, a list of modality indices, must hold each of 0..{count - 1} at most once, got "
+                f"{reprlib.repr(indices)}"
+            )
         listed = torch.tensor([column in indices for column in range(count)])
         return (listed ^ self.inverted)[list(self.inverse)]

@@ -48,7 +48,7 @@ def check_setup(backbone: Any, modalities: tuple[Any, ...], config: Any) -> None
         )
     if len(modalities) < 2 or not all(isinstance(name, str) and name for name in modalities):
         problems.append(f"modalities must be at least two names, got {modalities!r}")
-    if len(set(modalities)) != len(modalities):
+    elif len(set(modalities)) != len(modalities):
         problems.append(f"modalities must be different names, got {modalities!r}")
     if not isinstance(config, PassionConfig):
         problems.append(f"config must be a PassionConfig, got {type(config).__name__}")

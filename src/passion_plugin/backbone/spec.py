@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from passion_plugin.backbone.masks import MASK_FORMATS, MaskCodec
 from passion_plugin.errors import raise_problems
+from passion_plugin.settings import is_one_of, members
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,6 +20,52 @@ __all__ = ["BackboneSpec", "Outputs", "Students"]
 
 Outputs = Literal["softmax", "sigmoid"]
 Students = Literal["auto", "replay", "mixed", "rerun", "heads"]
+
+
+def _is_argument(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+
+def _one_of(choices: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {choices}", lambda value: is_one_of(value, choices)
+
+
+_FUNCTION = "a function or None", lambda value: value is None or callable(value)
+_FLAG = "True or False", lambda value: isinstance(value, bool)
+_KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("classifier", "the name of a module", lambda value: isinstance(value, str) and value != ""),
+    ("encoders", "a mapping from modality to names of modules", lambda value: isinstance(value, Mapping)),
+    ("coarse", "a sequence of names of modules", _are_names),
+    ("outputs", *_one_of(get_args(Outputs))),
+    (
+        "input_argument",
+        "a position, a name, or a sequence of them",
+        lambda value: _is_argument(value) or (bool(members(value)) and all(map(_is_argument, value))),
+    ),
+    ("mask_argument", "a position, a name or None", lambda value: value is None or _is_argument(value)),
+    (
+        "mask_format",
+        f"one of {MASK_FORMATS} or a MaskCodec",
+        lambda value: isinstance(value, MaskCodec) or is_one_of(value, MASK_FORMATS),
+    ),
+    ("mask_meaning", *_one_of(("present", "missing"))),
+    ("mask_columns", "a sequence of modalities or None", lambda value: value is None or _are_names(value)),
+    ("mixed_masks", *_FLAG),
+    ("light", "a mapping or a function", lambda value: isinstance(value, Mapping) or callable(value)),
+    ("light_arguments", "a mapping", lambda value: isinstance(value, Mapping)),
+    ("absent", *_FUNCTION),
+    ("call", *_FUNCTION),
+    ("unimodal_outputs", *_FUNCTION),
+    ("students", *_one_of(get_args(Students))),
+    ("copy_features", *_FLAG),
+    ("stackable", *_FLAG),
+    ("skippable", *_FLAG),
+)
+"""What each field may be: its name, in words, and as a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +143,12 @@ class BackboneSpec:
     skippable: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
-        for name, choices in (
-            ("outputs", get_args(Outputs)),
-            ("students", get_args(Students)),
-            ("mask_meaning", ("present", "missing")),
-        ):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not isinstance(self.mask_format, MaskCodec) and self.mask_format not in MASK_FORMATS:
-            problems.append(f"mask_format must be one of {MASK_FORMATS} or a MaskCodec, got {self.mask_format!r}")
-        if not self.classifier or not isinstance(self.classifier, str):
-            problems.append(f"classifier must be the name of a module, got {self.classifier!r}")
+        problems = [
+            f"{name} must be {wanted}, got {getattr(self, name)!r}"
+            for name, wanted, fits in _KINDS
+            if not fits(getattr(self, name))
+        ]
+        raise_problems(problems, what="BackboneSpec")
         if self.students in ("replay", "mixed", "heads") and not self.encoders:
             problems.append(f"students={self.students!r} needs the names of the encoders")
         if self.students == "mixed" and self.absent is not None:
@@ -117,9 +158,7 @@ class BackboneSpec:
         if self.stackable and (not self.mixed_masks or self.mask_format == "indices"):
             problems.append("stackable=True needs a backbone that takes different masks in one batch")
         for modality, names in self.encoders.items():
-            if not isinstance(names, str) and not (
-                isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
-            ):
+            if not isinstance(names, str) and not _are_names(names):
                 problems.append(f"encoders[{modality!r}] must be a module name or a sequence of them, got {names!r}")
         raise_problems(problems, what="BackboneSpec")
         encoders = {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from passion_plugin.errors import ConfigError
-from passion_plugin.evaluation.rows import DIFFERENCE, Convention, Grouping, Row, Summary
+from passion_plugin.errors import raise_problems
+from passion_plugin.evaluation.rows import DIFFERENCE, STATUS, Convention, Grouping, Row, Summary
+from passion_plugin.missing.reading import read_rows, shorten
 
 if TYPE_CHECKING:
     from passion_plugin.evaluation.results import SubsetResults
@@ -18,6 +21,7 @@ __all__ = ["caption", "in_shown_unit", "markdown", "read_csv", "table_lines", "t
 _LINES = {"subset": "subset", "modality": "contains", "size": "modalities"}
 _ROW_FIELDS = ("sample", "target", "metric", "value", "status")
 _CONVENTION_FIELDS = ("unit", "both_empty", "one_empty")
+_STATUSES = (*STATUS, "missing", "unpaired")
 
 
 def markdown(results: SubsetResults, by: Grouping, metric: str, *, digits: int, sd: bool) -> str:
@@ -60,25 +64,50 @@ def write_csv(results: SubsetResults, path: str | os.PathLike[str]) -> None:
 
 
 def read_csv(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], tuple[Row, ...], dict[str, Convention]]:
-    """Modalities, rows and conventions of a file of :func:`write_csv`."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        fields = reader.fieldnames or []
-        absent = [name for name in ("subset", *_ROW_FIELDS, *_CONVENTION_FIELDS) if name not in fields]
-        if absent:
-            raise ConfigError(f"{path}: columns {absent} are missing; was it written by to_csv()?")
-        rows, conventions = [], {}
-        for line in reader:
-            try:
-                value, both = (float(line[key]) if line[key] else None for key in ("value", "both_empty"))
-                convention = Convention(line["unit"], both, float(line["one_empty"]))
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{path}, line {reader.line_num}: {error}") from error
-            subset, sample, target, metric = (line[key] for key in ("subset", "sample", "target", "metric"))
-            conventions[metric] = convention
-            rows.append(Row(subset, sample, target, metric, value, line["status"]))
+    """Modalities, rows and conventions of a file of :func:`write_csv`.
+
+    Raises:
+        ConfigError: listing all problems with line numbers.
+    """
+    _, lines, problems = read_rows(path)
+    fields = lines[0][1] if lines else []
     modalities = tuple(name.removeprefix("has_") for name in fields if name.startswith("has_"))
+    absent = [name for name in ("subset", *_ROW_FIELDS, *_CONVENTION_FIELDS) if name not in fields]
+    if absent:
+        problems.append(f"columns {absent} are missing; was it written by to_csv()?")
+    elif len(set(fields)) < len(fields):
+        problems.append(f"columns occur more than once: {shorten(fields)}")
+    elif not "".join(fields).isprintable():
+        problems.append(f"columns must be printable: {shorten(fields)}")
+    raise_problems(problems, what=os.fspath(path))
+    rows: list[Row] = []
+    conventions: dict[str, Convention] = {}
+    for number, cells in lines[1:]:
+        try:
+            row, convention = _parsed(dict(zip(fields, cells, strict=True)))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        if conventions.setdefault(row.metric, convention) != convention:
+            problems.append(f"line {number}: {shorten(row.metric)} has another convention than in a line before")
+        rows.append(row)
+    raise_problems(problems, what=os.fspath(path))
     return modalities, tuple(rows), conventions
+
+
+def _parsed(line: Mapping[str, str]) -> tuple[Row, Convention]:
+    """Read one line; raise ValueError with what is wrong."""
+    value, both = (float(line[key]) if line[key] else None for key in ("value", "both_empty"))
+    one = float(line["one_empty"])
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"value is {value}, need a finite number or nothing")
+    if line["status"] not in _STATUSES:
+        raise ValueError(f"status is {shorten(line['status'])}, need one of {_STATUSES}")
+    texts = [line[key] for key in ("subset", "sample", "target", "metric")]
+    if not "".join([*texts, line["unit"]]).isprintable():
+        raise ValueError("subset, sample, target, metric and unit must be printable")
+    subset, sample, target, metric = texts
+    return Row(subset, sample, target, metric, value, line["status"]), Convention(line["unit"], both, one)
 
 
 def caption(results: SubsetResults, metric: str, sd: bool) -> str:

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
 from passion_plugin.missing.presence import PresenceTable
+from passion_plugin.settings import is_one_of
+from passion_plugin.validate import describe
 
 __all__ = ["IncompleteDataset", "blank_missing"]
 
@@ -41,11 +43,14 @@ def blank_missing(images: Tensor, presence: Tensor, *, fill: Fill = "zeros") -> 
                  [0., 0., 0.]]])
     """
     _check_fill(fill)
-    problems = []
+    problems = [
+        f"{name} is {describe(value)}; pass a tensor"
+        for name, value in (("images", images), ("presence", presence))
+        if not isinstance(value, Tensor)
+    ]
+    raise_problems(problems, what="blank_missing", error=InputError)
     if presence.dtype != torch.bool or presence.ndim != 2:
-        problems.append(
-            f"presence is {presence.dtype} of shape {tuple(presence.shape)}; pass torch.bool of shape (B, M)"
-        )
+        problems.append(f"presence is {describe(presence)}; pass torch.bool of shape (B, M)")
     elif images.ndim < 3 or images.shape[:2] != presence.shape:
         problems.append(
             f"images have shape {tuple(images.shape)}, presence {tuple(presence.shape)}; need (B, M, "
@@ -109,15 +114,21 @@ class IncompleteDataset(Dataset[Any]):
         id_key: str | None = None,
     ) -> None:
         _check_fill(fill)
+        if not isinstance(table, PresenceTable):
+            raise ConfigError(f"IncompleteDataset: table is {describe(table)}; pass a PresenceTable")
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise ConfigError(
                 f"IncompleteDataset: {type(dataset).__name__} has no items by number; pass a map-style data "
                 "set, or call blank_missing on the batches of a stream"
             )
-        if id_key is None and len(dataset) != len(table):  # type: ignore[arg-type]
+        try:
+            length = len(dataset)  # type: ignore[arg-type]
+        except TypeError:
+            raise ConfigError(f"IncompleteDataset: {type(dataset).__name__} has no length") from None
+        if id_key is None and length != len(table):
             raise ConfigError(
-                f"IncompleteDataset: {len(dataset)} items but {len(table)} rows in the table; "  # type: ignore[arg-type]
-                "select the rows with table.select(ids), or pass id_key to find them by id"
+                f"IncompleteDataset: {length} items but {len(table)} rows in the table; select the rows with "
+                "table.select(ids), or pass id_key to find them by id"
             )
         self.dataset = dataset
         self.table = table
@@ -199,5 +210,5 @@ def _as_tensor(image: NDArray[Any]) -> Tensor:
 
 
 def _check_fill(fill: str) -> None:
-    if fill not in get_args(Fill):
+    if not is_one_of(fill, get_args(Fill)):
         raise ConfigError(f"fill={fill!r} is unknown.{suggest(str(fill), get_args(Fill))}")

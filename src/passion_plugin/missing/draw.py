@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from passion_plugin.errors import raise_problems, suggest
+from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.missing.presence import PresenceTable, default_ids
 from passion_plugin.missing.subsets import modality_problems
+from passion_plugin.settings import is_number, is_whole, members
 
 __all__ = ["draw_presence"]
+
+_MOST_SAMPLES = 10_000_000
 
 
 def draw_presence(
@@ -53,24 +56,30 @@ def draw_presence(
         >>> bool(table.presence.any(axis=1).all())
         True
     """
-    columns = tuple(rates if modalities is None else modalities)
+    if not isinstance(rates, Mapping) or not rates:
+        raise ConfigError(f"draw_presence: rates={rates!r}; pass a rate for each modality, {{'t1': 0.2, …}}")
+    columns: Any = tuple(rates) if modalities is None else modalities
     problems = modality_problems(columns)
+    columns = members(columns) or ()
     problems += [
         f"rates: unknown modality {name!r}.{suggest(str(name), columns)}" for name in rates if name not in columns
     ]
-    problems += [f"rates: no rate for modality {name!r}" for name in columns if name not in rates]
+    problems += [f"rates: no rate for modality {name!r}" for name in columns if name not in list(rates)]
     problems += [
         f"rates[{name!r}]={rate!r}: need a number in [0, 1)"
-        + ("; leave out a modality that nobody has" if rate == 1 else "")
+        + ("; leave out a modality that nobody has" if is_number(rate, least=1, most=1) else "")
         for name, rate in rates.items()
-        if not isinstance(rate, Real) or not 0 <= rate < 1
+        if not is_number(rate, least=0, below=1)
     ]
     if isinstance(samples, str):
         problems.append(f"samples={samples!r} is one string; pass a list of ids or their number")
-    ids = default_ids(samples) if isinstance(samples, int) else tuple(samples)
-    if not ids:
+    if is_whole(samples, least=_MOST_SAMPLES + 1):
+        problems.append(f"samples={samples!r}: more than {_MOST_SAMPLES}; pass their ids")
+        samples = 1
+    ids = default_ids(int(samples)) if is_whole(samples, least=0) else members(samples) or ()  # type: ignore[arg-type]
+    if not ids and not isinstance(samples, str):
         problems.append(f"samples={samples!r}: need at least one sample")
-    if not isinstance(seed, Integral) or seed < 0:
+    if not is_whole(seed, least=0):
         problems.append(f"seed={seed!r}: pass a whole number, 0 or more, so that the draw can be repeated")
     if not problems and math.fsum(rates.values()) > len(columns) - 1 + 1e-9:
         problems.append(
@@ -78,12 +87,13 @@ def draw_presence(
             "possible if every sample keeps at least one modality; lower some rate"
         )
     raise_problems(problems, what="draw_presence")
+    rates = {name: float(rates[name]) for name in columns}
     generator = np.random.default_rng(seed)
     presence = np.ones((len(ids), len(columns)), dtype=np.bool_)
     for column, missing in enumerate(_missing_counts([rates[name] for name in columns], len(ids))):
         presence[generator.permutation(len(ids))[:missing], column] = False
     _repair(presence, generator)
-    return PresenceTable(ids, columns, presence, dict(rates), int(seed))
+    return PresenceTable(ids, columns, presence, rates, int(seed))
 
 
 def _missing_counts(rates: Sequence[float], count: int) -> list[int]:

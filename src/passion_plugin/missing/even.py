@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from passion_plugin.errors import ConfigError
+from passion_plugin.errors import raise_problems
 from passion_plugin.missing.presence import PresenceTable
 from passion_plugin.missing.subsets import all_subsets, subset_mask
+from passion_plugin.settings import is_whole
+from passion_plugin.validate import describe
 
 __all__ = ["EvenSubsets"]
 
@@ -34,7 +36,7 @@ class EvenSubsets(Sampler[tuple[int, Tensor]]):
         left_out: the subsets that no sample contains.
 
     Raises:
-        ConfigError: a length below 1, or more than 16 modalities.
+        ConfigError: no table, a negative seed, a length below 1, or more than 16 modalities.
 
     Example:
         >>> table = PresenceTable.from_array([[1, 0, 1], [1, 1, 0]], ("flair", "t1ce", "t2"))
@@ -46,8 +48,14 @@ class EvenSubsets(Sampler[tuple[int, Tensor]]):
     """
 
     def __init__(self, table: PresenceTable, seed: int = 0, *, length: int | None = None) -> None:
-        if length is not None and length < 1:
-            raise ConfigError(f"EvenSubsets: length must be 1 or more, got {length!r}")
+        problems = []
+        if not isinstance(table, PresenceTable):
+            problems.append(f"table must be a PresenceTable, got {describe(table)}")
+        if not is_whole(seed, least=0):
+            problems.append(f"seed must be a whole number, 0 or more, got {seed!r}")
+        if length is not None and not is_whole(length, least=1):
+            problems.append(f"length must be 1 or more, got {length!r}")
+        raise_problems(problems, what="EvenSubsets")
         self.seed, self.length, self.epoch = seed, len(table) if length is None else length, 0
         masks = {subset: subset_mask(subset, table.modalities).numpy() for subset in all_subsets(table.modalities)}
         holders = {subset: np.flatnonzero(table.presence[:, mask].all(axis=1)) for subset, mask in masks.items()}

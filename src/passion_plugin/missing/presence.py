@@ -7,9 +7,11 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,10 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.missing.reading import read_rows, shorten, shortlist
 from passion_plugin.missing.subsets import modality_problems
+from passion_plugin.settings import is_number, is_whole, members
 
 __all__ = ["PresenceTable", "default_ids"]
 
 _TITLE = "passion-plugin presence table 1"
+_SEEDS = 10**20
+_LONGEST_ID = 1000
+# What a spreadsheet takes for a formula that calls something.
+_FORMULA = re.compile(r"\s*[=+@-].*[(|!]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +61,12 @@ class PresenceTable:
 
     def __post_init__(self) -> None:
         """Check everything, then freeze a private copy."""
-        ids, modalities, presence = tuple(self.sample_ids), tuple(self.modalities), np.array(self.presence)
-        problems = modality_problems(self.modalities) + _id_problems(ids)
+        names = modality_problems(self.modalities) + _id_problems(self.sample_ids)
+        ids, modalities = members(self.sample_ids), members(self.modalities)
+        if ids is None or modalities is None:
+            raise_problems(names, what="PresenceTable")
+            return
+        problems, presence = names, np.array(self.presence)
         if presence.dtype != np.bool_:
             problems.append(f"presence is {presence.dtype}; pass bool, True = present")
         elif presence.shape != (len(ids), len(modalities)):
@@ -72,16 +83,22 @@ class PresenceTable:
                 )
             if never and ids:
                 problems.append(f"no sample has modality {shortlist(never)}; leave it out of the modalities")
-        if self.nominal_rates is not None and set(self.nominal_rates) != set(modalities):
-            problems.append(f"nominal_rates names {tuple(self.nominal_rates)}, the modalities are {modalities}")
+        rates = self.nominal_rates
+        if rates is not None and (
+            not isinstance(rates, Mapping)
+            or set(map(str, rates)) != set(map(str, modalities))
+            or not all(is_number(rate, least=0, most=1) for rate in rates.values())
+        ):
+            problems.append(f"nominal_rates is {rates!r}; need a rate in 0..1 for each of {modalities}")
+        if self.seed is not None and not (is_whole(self.seed, least=0) and self.seed < _SEEDS):
+            problems.append(f"seed is {shorten(self.seed)}; need a whole number from 0, with at most 20 digits")
         raise_problems(problems, what="PresenceTable")
         presence.setflags(write=False)
         object.__setattr__(self, "sample_ids", ids)
         object.__setattr__(self, "modalities", modalities)
         object.__setattr__(self, "presence", presence)
-        if self.nominal_rates is not None:
-            rates = {name: float(self.nominal_rates[name]) for name in modalities}
-            object.__setattr__(self, "nominal_rates", rates)
+        if rates is not None:
+            object.__setattr__(self, "nominal_rates", {name: float(rates[name]) for name in modalities})
 
     @classmethod
     def from_array(
@@ -101,10 +118,12 @@ class PresenceTable:
             ConfigError: as the class, or an entry other than 0 and 1.
         """
         array = np.asarray(presence)
+        if array.ndim != 2:
+            raise ConfigError(f"PresenceTable.from_array: presence has shape {array.shape}, need two axes (N, M)")
         if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
             raise ConfigError("PresenceTable.from_array: entries other than 0 and 1; pass bool, True = present")
-        ids = default_ids(len(array)) if sample_ids is None else tuple(sample_ids)
-        return cls(ids, tuple(modalities), array.astype(np.bool_))
+        ids = default_ids(len(array)) if sample_ids is None else sample_ids
+        return cls(ids, modalities, array.astype(np.bool_))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -113,7 +132,7 @@ class PresenceTable:
         return iter(self.sample_ids)
 
     def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._rows()
+        return isinstance(sample_id, str) and sample_id in self._rows()
 
     def __getitem__(self, sample_id: str) -> NDArray[np.bool_]:
         """Return the (M,) bool row of a sample, by its id. By position: ``table.presence[index]``."""
@@ -145,7 +164,7 @@ class PresenceTable:
         Raises:
             ConfigError: no such sample; the message has close matches.
         """
-        row = self._rows().get(sample_id)
+        row = self._rows().get(sample_id) if isinstance(sample_id, str) else None
         if row is None:
             raise ConfigError(
                 f"PresenceTable: no sample {shorten(sample_id)}.{suggest(str(sample_id), self.sample_ids)}"
@@ -158,7 +177,9 @@ class PresenceTable:
         Raises:
             ConfigError: an unknown id, or what the class refuses, such as a modality nobody is left with.
         """
-        ids = tuple(sample_ids)
+        ids = members(sample_ids)
+        if ids is None:
+            raise ConfigError(f"PresenceTable.select: sample_ids={shorten(sample_ids)}; pass a list of ids")
         rows = [self.index(sample_id) for sample_id in ids]
         return PresenceTable(ids, self.modalities, self.presence[rows], self.nominal_rates, self.seed)
 
@@ -236,15 +257,23 @@ def default_ids(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _id_problems(ids: Sequence[str]) -> list[str]:
+def _id_problems(sample_ids: Any) -> list[str]:
+    ids = members(sample_ids)
+    if ids is None:
+        return [f"sample_ids={shorten(sample_ids)}; pass a list of names"]
     problems = [] if ids else ["there is no sample"]
     odd = [name for name in ids if not isinstance(name, str) or not name.strip() or not name.isprintable()]
     if odd:
         problems.append(f"sample ids must be non-empty printable strings; found {shortlist(odd)}")
-    seen: set[str] = set()
-    repeated = {name for name in ids if name in seen or seen.add(name)}  # type: ignore[func-returns-value]
+    long = [name for name in ids if isinstance(name, str) and len(name) > _LONGEST_ID]
+    if long:
+        problems.append(f"sample ids of more than {_LONGEST_ID} characters: {shortlist(long)}")
+    formulas = [name for name in ids if isinstance(name, str) and _FORMULA.match(name)]
+    if formulas:
+        problems.append(f"sample ids that a spreadsheet would run as a formula: {shortlist(formulas)}; rename them")
+    repeated = sorted(name for name, count in Counter(map(str, ids)).items() if count > 1)
     if repeated:
-        problems.append(f"sample ids that occur more than once: {shortlist(sorted(map(str, repeated)))}")
+        problems.append(f"sample ids that occur more than once: {shortlist(repeated)}")
     return problems
 
 

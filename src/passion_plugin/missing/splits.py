@@ -73,8 +73,6 @@ def read_split_csv(path: str | os.PathLike[str], modalities: Sequence[str]) -> P
         else:
             ids.append(cells[0])
             masks.append(_MASKS[int(cells[1])])
-    if len(problems) > 20:
-        problems = [*problems[:20], f"and {len(problems) - 20} more"]
     raise_problems(problems, what=what)
     try:
         return PresenceTable(tuple(ids), tuple(modalities), np.array(masks, dtype=np.bool_).reshape(-1, 4))

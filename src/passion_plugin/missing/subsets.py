@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+from passion_plugin.settings import is_one_of, members
+from passion_plugin.validate import describe
 
 __all__ = [
     "all_subsets",
@@ -32,12 +35,14 @@ def modality_problems(modalities: Sequence[str]) -> list[str]:
     Names appear in file headers and in names of subsets, so ``+ , = " '``, white space at the ends and a
     leading ``#`` are refused.
     """
-    if isinstance(modalities, str):
-        return [f"modalities={modalities!r} is one string; pass a tuple of names"]
+    names = members(modalities)
+    if names is None:
+        what = "one string" if isinstance(modalities, str) else type(modalities).__name__
+        return [f"modalities={modalities!r} is {what}; pass a tuple of names"]
     problems = []
-    if not modalities:
+    if not names:
         problems.append("modalities is empty; pass at least one name")
-    for name in modalities:
+    for name in names:
         if not isinstance(name, str):
             problems.append(f"modality {name!r} is {type(name).__name__}; names are strings")
         elif (
@@ -51,7 +56,7 @@ def modality_problems(modalities: Sequence[str]) -> list[str]:
                 f"modality {name!r}: a name must be printable, without + , = or quotes, without spaces at "
                 "its ends, and not start with #"
             )
-    repeated = sorted({str(name) for name in modalities if list(modalities).count(name) > 1})
+    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
     if repeated:
         problems.append(f"modality {', '.join(map(repr, repeated))} is named more than once; use distinct names")
     return problems
@@ -76,7 +81,7 @@ def all_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
         [('t2',), ('flair', 't1ce'), ('flair', 't2')]
     """
     problems = modality_problems(modalities)
-    if len(modalities) > _MOST_MODALITIES:
+    if not problems and len(modalities) > _MOST_MODALITIES:
         problems.append(f"{len(modalities)} modalities have {2 ** len(modalities) - 1} subsets; list those you need")
     raise_problems(problems, what="all_subsets")
     return [subset for size in range(1, len(modalities) + 1) for subset in itertools.combinations(modalities, size)]
@@ -109,18 +114,21 @@ def parse_subset(subset: str | Iterable[str], modalities: Sequence[str]) -> tupl
         >>> parse_subset("t1ce + flair", ("flair", "t1ce", "t1", "t2"))
         ('flair', 't1ce')
     """
-    members = [name.strip() for name in subset.split("+")] if isinstance(subset, str) else list(subset)
-    problems = modality_problems(modalities)
-    problems += [
-        f"unknown modality {name!r}.{suggest(str(name), modalities)}" for name in members if name not in modalities
+    raise_problems(modality_problems(modalities), what=f"subset {subset!r}")
+    wanted = members(subset.split("+") if isinstance(subset, str) else subset) or ()
+    names = [name.strip() if isinstance(name, str) else name for name in wanted]
+    problems = [
+        f"unknown modality {name!r}.{suggest(str(name), modalities)}"
+        for name in names
+        if not is_one_of(name, tuple(modalities))
     ]
-    if not members:
+    if not names:
         problems.append("it is empty; name at least one modality")
-    repeated = sorted({str(name) for name in members if members.count(name) > 1})
+    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
     if repeated:
         problems.append(f"{', '.join(map(repr, repeated))} is named more than once")
     raise_problems(problems, what=f"subset {subset!r}")
-    return tuple(name for name in modalities if name in members)
+    return tuple(name for name in modalities if name in names)
 
 
 def subset_mask(subset: str | Iterable[str], modalities: Sequence[str]) -> Tensor:
@@ -140,8 +148,8 @@ def subset_mask(subset: str | Iterable[str], modalities: Sequence[str]) -> Tenso
         >>> subset_mask("t1ce+t2", ("flair", "t1ce", "t1", "t2")).tolist()
         [False, True, False, True]
     """
-    members = parse_subset(subset, modalities)
-    return torch.tensor([name in members for name in modalities])
+    names = parse_subset(subset, modalities)
+    return torch.tensor([name in names for name in modalities])
 
 
 def drop_modalities(
@@ -174,15 +182,16 @@ def drop_modalities(
         tensor([[ True,  True, False],
                 [False,  True, False]])
     """
-    if uniform_over not in get_args(UniformOver):
+    if not is_one_of(uniform_over, get_args(UniformOver)):
         raise ConfigError(
             f"uniform_over={uniform_over!r} is unknown.{suggest(str(uniform_over), get_args(UniformOver))}"
         )
-    if presence.dtype != torch.bool or presence.ndim != 2:
+    if not isinstance(presence, Tensor) or presence.dtype != torch.bool or presence.ndim != 2:
         raise InputError(
-            f"drop_modalities: presence is {presence.dtype} of shape {tuple(presence.shape)}; pass "
-            "torch.bool of shape (B, M), True = present"
+            f"drop_modalities: presence is {describe(presence)}; pass torch.bool of shape (B, M), True = present"
         )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(f"drop_modalities: generator is {describe(generator)}; pass a torch.Generator or None")
     if presence.device.type == "cpu" and not bool(presence.any(1).all()):
         rows = (~presence.any(1)).nonzero().flatten().tolist()
         raise InputError(f"drop_modalities: no modality at all in rows {rows}; drop such samples from the data")

@@ -15,6 +15,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.parallel import summed
 from passion_plugin.rarity import Rarity
+from passion_plugin.settings import is_number
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import comparable, compared, true_class_loss
 from passion_plugin.taps import Segment
@@ -101,7 +102,7 @@ class AGM(Strategy):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        if not 0 < alpha < float("inf"):
+        if not is_number(alpha, above=0):
             raise ConfigError(f"AGM: alpha must be a positive number, got {alpha!r}")
         self.alpha = float(alpha)
 

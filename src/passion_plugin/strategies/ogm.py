@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError
+from passion_plugin.settings import is_number
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality, comparable, compared, ratio_to_others, true_class_probability
 from passion_plugin.students import active_students
@@ -51,7 +52,7 @@ class OGMGE(Strategy):
 
     def __init__(self, alpha: float = 0.3, *, noise: bool = True) -> None:
         super().__init__()
-        if not 0 < alpha < float("inf"):
+        if not is_number(alpha, above=0):
             raise ConfigError(f"OGMGE: alpha must be a positive number, got {alpha!r}")
         self.alpha, self.noise = float(alpha), bool(noise)
 

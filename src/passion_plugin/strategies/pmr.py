@@ -12,6 +12,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, raise_problems
 from passion_plugin.heads import feature_maps
 from passion_plugin.rarity import Rarity
+from passion_plugin.settings import is_number, is_whole
 from passion_plugin.state_checks import listed
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import (
@@ -76,13 +77,13 @@ class PMR(Strategy):
     ) -> None:
         super().__init__()
         problems = []
-        if not 0 < alpha < float("inf"):
+        if not is_number(alpha, above=0):
             problems.append(f"alpha must be a positive number, got {alpha!r}")
-        if not 0 <= momentum < 1:
+        if not is_number(momentum, least=0, below=1):
             problems.append(f"momentum must be in [0, 1), got {momentum!r}")
-        if not 0 <= entropy_weight < float("inf"):
+        if not is_number(entropy_weight, least=0):
             problems.append(f"entropy_weight must be 0 or more, got {entropy_weight!r}")
-        if not isinstance(entropy_epochs, int) or entropy_epochs < 0:
+        if not is_whole(entropy_epochs, least=0):
             problems.append(f"entropy_epochs must be an integer, 0 or more, got {entropy_epochs!r}")
         raise_problems(problems, what="PMR")
         self.alpha, self.momentum = float(alpha), float(momentum)

@@ -13,6 +13,7 @@ from passion_plugin.errors import ConfigError
 from passion_plugin.losses import segmentation_loss
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.rarity import Rarity
+from passion_plugin.settings import is_number
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality
 from passion_plugin.students import active_students
@@ -68,7 +69,7 @@ class RedCore(Strategy):
         beta_max: float = 4.0,
     ) -> None:
         super().__init__()
-        if not 0 < weight < float("inf"):
+        if not is_number(weight, above=0):
             raise ConfigError(f"RedCore: weight must be a positive number, got {weight!r}")
         self.weight = float(weight)
         self.options: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from passion_plugin.config import HOW_PASSES_RUN, PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems, suggest
+from passion_plugin.settings import is_one_of
 from passion_plugin.strategies.agm import AGM
 from passion_plugin.strategies.base import Plain, Strategy
 from passion_plugin.strategies.ogm import OGMGE
@@ -51,12 +52,12 @@ def named_strategy(name: str) -> Strategy | PassionConfig:
         >>> named_strategy("passion-pixel").prototype_weight
         0.0
     """
-    if name in _DATA_SIDE:
+    if is_one_of(name, tuple(_DATA_SIDE)):
         raise ConfigError(
             f"strategy {name!r} is about the data and goes with any other: use {_DATA_SIDE[name]}, and "
             f"strategy='plain' for nothing else"
         )
-    if name not in strategy_names():
+    if not is_one_of(name, strategy_names()):
         raise ConfigError(f"unknown strategy {name!r}.{suggest(str(name), strategy_names())}")
     return _RULES[name]() if name in _RULES else passion_variant(name)
 
@@ -74,7 +75,7 @@ def passion_variant(name: str, config: PassionConfig | None = None) -> PassionCo
     Raises:
         ConfigError: unknown name, or ``config`` sets what the variant decides.
     """
-    if name not in _VARIANTS:
+    if not is_one_of(name, tuple(_VARIANTS)):
         raise ConfigError(f"unknown variant {name!r}.{suggest(str(name), _VARIANTS)}")
     config, decided = config or PassionConfig(), _VARIANTS[name]
     problems = [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.settings import is_number, is_whole
 
 __all__ = ["SlowWeights"]
 
@@ -46,9 +47,9 @@ class SlowWeights:
 
     def __init__(self, model: nn.Module, *, rate: float = 0.5, every: int = 15) -> None:
         problems = []
-        if not 0 < rate <= 1:
+        if not is_number(rate, above=0, most=1):
             problems.append(f"rate must be in (0, 1], got {rate!r}")
-        if not isinstance(every, int) or every < 1:
+        if not is_whole(every, least=1):
             problems.append(f"every must be an integer, 1 or more, got {every!r}")
         raise_problems(problems, what="SlowWeights")
         self.rate, self.every, self.steps = float(rate), every, 0
