@@ -666,8 +666,26 @@ class MixesBatch(Net):
         return fused - fused.mean(0, keepdim=True)
 
 
-def test_network_whose_samples_depend_on_each_other_is_refused() -> None:
-    assert "not independent" in only_problem(found(MixesBatch()))
+class UsesTheFirstSample(Net):
+    """Weights of the fusion come from the first sample and hold for all, as in a public network."""
+
+    def fused(self, x: Tensor, mask: Tensor) -> Tensor:
+        fused = super().fused(x, mask)
+        return fused * fused[:1].mean(dim=(2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("network", [MixesBatch, UsesTheFirstSample])
+def test_network_whose_samples_depend_on_each_other_is_refused(network: type[nn.Module]) -> None:
+    problem = only_problem(found(network()))
+    assert "not independent" in problem
+    assert "mixed_masks=False" in problem
+
+
+@pytest.mark.parametrize("network", [MixesBatch, UsesTheFirstSample])
+def test_samples_may_depend_on_each_other_where_a_batch_has_one_mask(network: type[nn.Module]) -> None:
+    report = found(network(), mixed_masks=False)
+    assert not spec_of(report).mixed_masks
+    assert any("not independent" in warning for warning in report.warnings)
 
 
 def test_network_that_reads_the_first_row_of_the_mask_cannot_mix_masks() -> None:

@@ -71,8 +71,8 @@ class Examination:
         report.convention = self._convention()
         report.batch = settle_batch(probe)
         self.noisy = report.batch.repeatable > EFFECT
-        can_mix = judge_batch(report, report.batch, self.layers)
-        self.known["mixed_masks"] = can_mix and self.known.get("mixed_masks", True)
+        may_mix = self.known.get("mixed_masks", True)
+        self.known["mixed_masks"] = judge_batch(report, report.batch, self.layers, one_mask=not may_mix) and may_mix
         if probe.interface.mask_argument is not None:
             self._examine_mask(meaning)
         spec = self._searched() if self.searching else BackboneSpec(**self.known)
