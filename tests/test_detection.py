@@ -657,6 +657,23 @@ def test_encoder_that_runs_without_gradient_is_left_out_of_the_replay() -> None:
     assert any("'flair_encoder' can learn but runs without gradient" in warning for warning in report.warnings)
 
 
+def test_last_layer_that_refines_logits_is_remarked_on() -> None:
+    class LearnedUpsampling(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.refine = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.refine(super().forward(x, mask))
+
+    report = found(LearnedUpsampling())
+    assert spec_of(report).classifier == "refine"
+    assert any("'refine', the last layer, has one channel for each class" in warning for warning in report.warnings)
+    named = found(LearnedUpsampling(), classifier="head")
+    assert spec_of(named).classifier == "head"
+    assert not any("one channel for each class" in warning for warning in (*named.warnings, *found(Net()).warnings))
+
+
 # Batch
 
 

@@ -17,7 +17,7 @@ from passion_plugin.errors import ConfigError, InputError, raise_problems, sugge
 from passion_plugin.skipping import Layouts
 from passion_plugin.taps import overridden_forward, resolve_module
 
-__all__ = ["BoundBackbone"]
+__all__ = ["BoundBackbone", "resting_buffers"]
 
 
 class BoundBackbone:
@@ -222,7 +222,7 @@ class BoundBackbone:
                 stack.enter_context(self.spec.light(self.backbone))
             else:
                 stack.enter_context(_attributes(self.backbone, self.spec.light))
-            stack.enter_context(_resting_buffers(self.backbone))
+            stack.enter_context(resting_buffers(self.backbone))
             yield
 
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -282,7 +282,7 @@ def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None
 
 
 @contextmanager
-def _resting_buffers(backbone: nn.Module) -> Iterator[None]:
+def resting_buffers(backbone: nn.Module) -> Iterator[None]:
     """Let the backbone work on copies of its buffers and put the originals back.
 
     Running statistics follow the fused pass only, and so do counters and the vectors of spectral norm. Setting

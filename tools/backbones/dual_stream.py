@@ -1,0 +1,64 @@
+"""Dual-stream U-Net (Hafner et al., 2022): radar and optical images in 2-D, and no mask at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from passion_plugin import BackboneSpec
+from tools.backbones.checkout import load
+from tools.backbones.sources import edited
+from tools.backbones.trial import Call, Trial
+
+SOURCE = "https://github.com/SebastianHafner/MissingModality"
+COMMIT = "f4ecfd790a889d5bd221269c5396702d76f0a280"
+DATE = "2026-11-25"
+
+
+def make(parts: Sequence[Tensor], present: Sequence[bool]) -> Call:
+    """Return the call with one argument for each sensor."""
+    return tuple(parts), {}
+
+
+def build(checkout: Path) -> Trial:
+    """Build the network with the topology of its debug configuration."""
+    with edited(absent=("fvcore", "tabulate")):
+        networks = load(checkout, "utils.networks")
+    cfg = SimpleNamespace(
+        MODEL=SimpleNamespace(TOPOLOGY=[16, 32]),
+        DATALOADER=SimpleNamespace(S1_BANDS=[0, 1], S2_BANDS=[2, 1, 0, 3]),
+    )
+    torch.manual_seed(0)
+    model = networks.DualStreamUNet(cfg)
+    parts = [torch.randn(2, 2, 32, 32), torch.randn(2, 4, 32, 32)]
+    return Trial(
+        model=model.train(),
+        inputs=tuple(parts),
+        modalities=("s1", "s2"),
+        spec=BackboneSpec(
+            classifier="outc.conv",
+            encoders={m: (f"inc_{m}", f"encoder_{m}", f"decoder_{m}") for m in ("s1", "s2")},
+            outputs="sigmoid",
+            input_argument=(0, 1),
+            mask_argument=None,
+        ),
+        written='`spec=BackboneSpec(classifier="outc.conv", encoders={m: (f"inc_{m}", f"encoder_{m}", f"decoder_{m}") for '
+        'm in modalities}, outputs="sigmoid", input_argument=(0, 1), mask_argument=None)`; each call with '
+        "`passion_presence=`",
+        traps="no mask: a missing sensor is a blank image, whose features are not zero. The decoder pops from the list "
+        "that the encoder returned. The two sensors have different numbers of channels. Batch normalisation. Their script "
+        "wraps it in `DataParallel`: pass `.module`",
+        expect="mixed",
+        target=(torch.rand(2, 1, 32, 32) > 0.7).float(),
+        task_loss=F.binary_cross_entropy_with_logits,
+        truth="outc.conv",
+        images=parts,
+        make=make,
+        call={"passion_presence": torch.ones(2, 2, dtype=torch.bool)},
+        size="16 and 32 channels, 32²",
+    )
