@@ -11,21 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin import BackboneSpec
-from passion_plugin.backbone import MaskCodec
 from tools.backbones.checkout import images, labels, load
+from tools.backbones.sfusion_uhemis import BITS, COMMIT, DATE, MODALITIES, SOURCE, call
 from tools.backbones.trial import Call, Trial
 
-SOURCE = "https://github.com/scut-cszcl/SFusion"
-COMMIT = "dae6d59bab980945b0f78763d2f7f76698e88b56"
-DATE = "2026-11-25"
-
-MODALITIES = ("t1ce", "t1", "t2", "flair")
-
-# A number for the batch: bit m is set when modality m is there.
-BITS = MaskCodec(
-    encode=lambda mask: sum(1 << m for m, here in enumerate(mask[0].tolist()) if here),
-    decode=lambda code: torch.tensor([bool(code >> m & 1) for m in range(4)]),
-)
+__all__ = ["COMMIT", "DATE", "SOURCE", "build"]
 
 
 def mean_of_present(x: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
@@ -46,9 +36,8 @@ def task_loss(raw: Any, target: Tensor) -> Tensor:
 
 
 def make(parts: Sequence[Tensor], present: Sequence[bool]) -> Call:
-    """Return the call with a list of images and the code of what is there."""
-    mask = torch.tensor([list(present)])
-    return (mean_of_present(parts, mask), BITS.encode(mask)), {}
+    """Return the call with a list of images, absent ones replaced, and the number of what is there."""
+    return call(mean_of_present(parts, torch.tensor([list(present)])), present)
 
 
 def build(checkout: Path) -> Trial:
@@ -68,11 +57,10 @@ def build(checkout: Path) -> Trial:
             mixed_masks=False,
             absent=mean_of_present,
         ),
-        written="`bits = MaskCodec(encode=lambda mask: sum(1 << m for m, here in enumerate(mask[0].tolist()) if here), "
-        "decode=lambda code: torch.tensor([bool(code >> m & 1) for m in range(4)]))`; "
-        '`spec=BackboneSpec(classifier="seg_decoder.score", encoders={m: f"encoders.encoder{k}" for k, m in '
-        "enumerate(modalities)}, mask_format=bits, mixed_masks=False, absent=mean_of_present)`, where "
-        "`mean_of_present(x, mask)` does what the training script does to absent images",
+        written='`spec=BackboneSpec(classifier="seg_decoder.score", encoders={m: f"encoders.encoder{k}" for k, m in '
+        "enumerate(modalities)}, mask_format=bits, mixed_masks=False, absent=mean_of_present)`, with `bits` as in "
+        "[your own backbone](own-backbone.md#how-it-is-called); `mean_of_present(x, mask)` does what the training script "
+        "does to absent images",
         traps="the mask does not reach the segmentation: an absent image is the mean of the present ones, which the "
         "script is meant to put there (it compares a string with a list and never does). A number for the batch. "
         "Weights of the fusion are taken from the first sample and hold for all: batches of one, or one mask for the "
