@@ -462,6 +462,20 @@ def test_permuted_columns_are_refused_with_the_map_and_accepted_once_declared() 
     assert spec_of(found(backbone, mask_columns=columns)).mask_columns == columns
 
 
+def test_second_argument_that_is_no_mask_is_refused_with_what_to_pass() -> None:
+    class TwoTensors(Net):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.cat([first, second], dim=1), full())
+
+    first, second = images()[:, :1], images()[:, 1:]
+    problem = only_problem(examine(TwoTensors(), first, second, modalities=("flair", "others")))
+    assert "mask_argument= (None when there is none)" in problem
+    assert "input_argument=(0, 1)" in problem
+    problem = only_problem(examine(Net(), images(), 7, modalities=NAMES))
+    assert "mask_format=MaskCodec" in problem
+    assert "input_argument" not in problem
+
+
 def test_float_mask_and_list_of_indices_are_recognised_from_the_example() -> None:
     report = examine(Net(), images(), full().float(), modalities=NAMES)
     assert spec_of(report).mask_format == "float"

@@ -40,19 +40,13 @@ def build(checkout: Path) -> Trial:
         model=model.train(),
         inputs=tuple(parts),
         modalities=("s1", "s2"),
-        spec=BackboneSpec(
-            classifier="outc.conv",
-            encoders={m: (f"inc_{m}", f"encoder_{m}", f"decoder_{m}") for m in ("s1", "s2")},
-            outputs="sigmoid",
-            input_argument=(0, 1),
-            mask_argument=None,
+        spec=BackboneSpec.detect(
+            model, tuple(parts), modalities=("s1", "s2"), input_argument=(0, 1), mask_argument=None
         ),
-        written='`spec=BackboneSpec(classifier="outc.conv", encoders={m: (f"inc_{m}", f"encoder_{m}", f"decoder_{m}") for '
-        'm in modalities}, outputs="sigmoid", input_argument=(0, 1), mask_argument=None)`; each call with '
+        written="`spec=BackboneSpec.detect(…, input_argument=(0, 1), mask_argument=None)`; in each call "
         "`passion_presence=`",
-        traps="no mask: a missing sensor is a blank image, whose features are not zero. The decoder pops from the list "
-        "that the encoder returned. The two sensors have different numbers of channels. Batch normalisation. Their script "
-        "wraps it in `DataParallel`: pass `.module`",
+        traps="no mask: a missing sensor is a blank image, whose features are not zero; the decoder pops from the list "
+        "that the encoder returned",
         expect="mixed",
         target=(torch.rand(2, 1, 32, 32) > 0.7).float(),
         task_loss=F.binary_cross_entropy_with_logits,

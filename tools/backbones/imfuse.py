@@ -60,8 +60,7 @@ def build(checkout: Path) -> Trial:
         modalities=("flair", "t1ce", "t1", "t2"),
         spec=None,
         written="",
-        traps="`mamba_ssm` needs CUDA; images must be 128³. An integer mask masks nothing; `is_training` is switched "
-        "independently of `train()`. Their script wraps it in `DataParallel`: pass `.module`",
+        traps="`mamba_ssm` needs CUDA; images must be 128³; an integer mask masks nothing",
         expect="exact",
         target=labels(32),
         task_loss=task_loss,

@@ -45,18 +45,11 @@ def build(checkout: Path) -> Trial:
         model=model.train(),
         inputs=args,
         modalities=MODALITIES,
-        spec=BackboneSpec(
-            classifier="decoder.last_conv",
-            encoders={m: f"Encoder_mod.Encoder_{m}" for m in MODALITIES},
-            outputs="sigmoid",
-            mask_format=ROWS,
-        ),
-        written='`spec=BackboneSpec(classifier="decoder.last_conv", encoders={m: f"Encoder_mod.Encoder_{m}" for m in '
-        'modalities}, outputs="sigmoid", mask_format=MaskCodec(encode=lambda mask: mask.cpu().numpy(), '
-        "decode=torch.from_numpy))`, `example_input=`, `example_mask=`",
-        traps="the variance of one modality is NaN, so that students are heads; with `var(0, unbiased=False)` in its "
-        "`forward` they are replayed and exact. The mask is a NumPy array, and an integer one picks features instead "
-        "of masking. Batch normalisation. With several classes the background is cut off after the classifier",
+        spec=BackboneSpec.detect(model, *args, modalities=MODALITIES, mask_format=ROWS),
+        written="`spec=BackboneSpec.detect(…, mask_format=rows)`, with `rows` a `MaskCodec` for an array of NumPy; "
+        "`example_input=`, `example_mask=`",
+        traps="the variance of one modality is NaN: none can be let through alone (with `var(0, unbiased=False)` in "
+        "its `forward` students are replayed, difference 0); an integer mask picks features instead of masking them",
         expect="heads",
         target=target,
         task_loss=lambda raw, target: F.binary_cross_entropy(raw, target),

@@ -45,19 +45,20 @@ def build(checkout: Path) -> Trial:
         inputs=args,
         keywords=keywords,
         modalities=MODALITIES,
-        spec=BackboneSpec(
-            classifier="shared_dec.cls_conv.0",
+        spec=BackboneSpec.detect(
+            model,
+            *args,
+            keywords["mode"],
+            modalities=MODALITIES,
             outputs="sigmoid",
             mask_argument="mode",
             mask_format=NUMBERS,
-            mixed_masks=False,
             light_arguments={"val": True},
         ),
-        written='`numbers` as for ShaSpec; `spec=BackboneSpec(classifier="shared_dec.cls_conv.0", outputs="sigmoid", '
-        'mask_argument="mode", mask_format=numbers, mixed_masks=False, light_arguments={"val": True})`',
-        traps="only a shared encoder, whose skips travel through an attribute: nothing to replay, every student is a "
-        "whole run. One mode for the batch; draw it yourself instead of `mode='random'`. Tensors are made on "
-        "`'cuda'` in `forward`. Three overlapping regions, up-sampled after the classifier",
+        written='`spec=BackboneSpec.detect(…, outputs="sigmoid", mask_argument="mode", mask_format=numbers, '
+        'light_arguments={"val": True})`, with `numbers` as for ShaSpec',
+        traps="needs CUDA; one encoder for all modalities, whose skips travel through an attribute: nothing to replay; "
+        "one mode for the batch, and `'random'` draws it inside `forward`: draw it yourself; three overlapping regions",
         expect="rerun",
         target=(torch.rand(2, 3, 16, 32, 32) > 0.7).float(),
         task_loss=task_loss,

@@ -67,20 +67,18 @@ def build(checkout: Path) -> Trial:
         images=parts,
         make=call,
         modalities=MODALITIES,
-        spec=BackboneSpec(
-            classifier="decoder.seg_layers.2",
-            encoders={m: f"modality_specific_encoders.{k}" for k, m in enumerate(MODALITIES)},
+        spec=BackboneSpec.detect(
+            model,
+            *inputs,
+            modalities=MODALITIES,
             outputs="sigmoid",
             mask_format=BOOLS,
-            mixed_masks=False,
             light={"decoder.deep_supervision": False},
         ),
-        written='`spec=BackboneSpec(classifier="decoder.seg_layers.4", encoders={m: f"modality_specific_encoders.{k}" for '
-        'k, m in enumerate(modalities)}, outputs="sigmoid", mask_format=MaskCodec(encode=lambda mask: mask[0].tolist(), '
-        'decode=torch.tensor), mixed_masks=False, light={"decoder.deep_supervision": False})`',
-        traps="the mask is a list of bools for the batch, which the trainer draws. The last of `decoder.seg_layers` gives "
-        "full resolution, but comes first in the output. A joint encoder is registered and never runs. Images of a size "
-        "that leaves 4³ voxels at the bottom. Three overlapping regions",
+        written='`spec=BackboneSpec.detect(…, outputs="sigmoid", mask_format=bools, light={"decoder.deep_supervision": '
+        "False})`, with `bools` a `MaskCodec` for a list of bools",
+        traps="one list for the batch; images must be 128³; a joint encoder is registered and never runs; three "
+        "overlapping regions",
         expect="exact",
         target=(torch.rand(2, 3, 32, 32, 32, generator=torch.Generator().manual_seed(1)) > 0.7).float(),
         task_loss=task_loss,

@@ -71,14 +71,12 @@ def build(checkout: Path) -> Trial:
             mixed_masks=False,
             call=with_p,
         ),
-        written='`spec=BackboneSpec(classifier="decoder.conv_out", encoders={"rgb": "encoder_rgb.conv1", "depth": '
-        '("encoder_depth.conv1", "encoder_depth.layer1.0", …)}, input_argument=(0, 1), mask_argument=None, '
-        "mixed_masks=False, call=with_p)`, where `with_p(net, x, mask)` sets `net.p = mask[0].int().tolist()` around "
-        "`net(*x)`; each call with `passion_presence=`",
-        traps="the mask is the attribute `p`, and `[0, 0]` draws one inside `forward`: set it before each call. Encoders "
-        "are called by methods, so that their blocks have to be named; depth joins RGB after each stage, so that only "
-        "the first convolution belongs to RGB alone. The last layers are learned up-sampling: name the classifier. "
-        "`.cuda()` in `forward`. Batch normalisation",
+        written='`spec=BackboneSpec(classifier="decoder.conv_out", encoders=…, input_argument=(0, 1), '
+        "mask_argument=None, mixed_masks=False, call=with_p)`, where `with_p(net, x, mask)` sets `net.p` around "
+        "`net(*x)`; in each call `passion_presence=`",
+        traps="needs CUDA; the mask is the attribute `p`, and `[0, 0]` draws one inside `forward`: set it yourself; "
+        "encoders are called by methods: name their blocks, of RGB the first convolution only, because depth joins it "
+        "after each stage; the last layers are a learned up-sampling: name the classifier",
         expect="exact",
         target=labels(64, ndim=2),
         task_loss=lambda raw, target: F.cross_entropy(raw[0], target),

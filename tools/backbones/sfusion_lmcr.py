@@ -50,21 +50,14 @@ def build(checkout: Path) -> Trial:
         model=model.train(),
         inputs=args,
         modalities=MODALITIES,
-        spec=BackboneSpec(
-            classifier="seg_decoder.score",
-            encoders={m: f"encoders.encoder{k}" for k, m in enumerate(MODALITIES)},
-            mask_format=BITS,
-            mixed_masks=False,
-            absent=mean_of_present,
+        spec=BackboneSpec.detect(
+            model, *args, modalities=MODALITIES, mask_format=BITS, mixed_masks=False, absent=mean_of_present
         ),
-        written='`spec=BackboneSpec(classifier="seg_decoder.score", encoders={m: f"encoders.encoder{k}" for k, m in '
-        "enumerate(modalities)}, mask_format=bits, mixed_masks=False, absent=mean_of_present)`, with `bits` as in "
-        "[your own backbone](own-backbone.md#how-it-is-called); `mean_of_present(x, mask)` does what the training script "
-        "does to absent images",
-        traps="the mask does not reach the segmentation: an absent image is the mean of the present ones, which the "
-        "script is meant to put there (it compares a string with a list and never does). A number for the batch. "
-        "Weights of the fusion are taken from the first sample and hold for all: batches of one, or one mask for the "
-        "batch. The script adds up into the caller's first image",
+        written="`spec=BackboneSpec.detect(…, mask_format=bits, mixed_masks=False, absent=mean_of_present)`, with "
+        "`bits` as in [your own backbone](own-backbone.md#how-it-is-called) and what the script does to absent images",
+        traps="the mask has no effect on the segmentation; the script is to put the mean of the present images in "
+        "place of absent ones, but compares a string with a list and never does; weights of the fusion are read off "
+        "the first sample of the batch: one mask for the batch",
         expect="rerun",
         target=labels(16),
         task_loss=task_loss,

@@ -35,10 +35,9 @@ def build(checkout: Path) -> Trial:
         make=call,
         modalities=MODALITIES,
         spec=BackboneSpec.detect(model, *inputs, modalities=MODALITIES, mask_format=BITS, mixed_masks=False),
-        written="`spec=BackboneSpec.detect(…, mask_format=bits, mixed_masks=False)`, with `bits` as in "
-        "[your own backbone](own-backbone.md#how-it-is-called)",
-        traps="batches of one only: attention maps are broadcast against the batch axis. One number says what is there. "
-        "Lazy parameters have no shape before the first forward, so that an optimizer or a copy comes after it",
+        written="`spec=BackboneSpec.detect(…, mask_format=bits, mixed_masks=False)`, with `bits` as in [your own "
+        "backbone](own-backbone.md#how-it-is-called)",
+        traps="batches of one only; one number says what is there; parameters without shape until the first pass",
         expect="exact",
         target=labels(16, batch=1),
         task_loss=task_loss,

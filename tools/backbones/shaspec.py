@@ -64,22 +64,19 @@ def build(checkout: Path) -> Trial:
         inputs=args,
         keywords=keywords,
         modalities=MODALITIES,
-        spec=BackboneSpec(
-            classifier="shared_dec.cls_conv.0",
-            encoders={m: f"{m}_enc" for m in MODALITIES},
+        spec=BackboneSpec.detect(
+            model,
+            *args,
+            keywords["mode"],
+            modalities=MODALITIES,
             outputs="sigmoid",
             mask_argument="mode",
             mask_format=NUMBERS,
-            mixed_masks=False,
         ),
-        written='`numbers = MaskCodec(encode=lambda mask: ",".join(str(m) for m, here in enumerate(mask[0].tolist()) if '
-        'here), decode=lambda mode: torch.tensor([str(m) in mode.split(",") for m in range(4)]))`; '
-        '`spec=BackboneSpec(classifier="shared_dec.cls_conv.0", encoders={m: f"{m}_enc" for m in modalities}, '
-        'outputs="sigmoid", mask_argument="mode", mask_format=numbers, mixed_masks=False)`',
-        traps="`shared_enc` hands its skips over through an attribute, so its output alone must not be replayed: "
-        "leave it out of `encoders`. One mode for the batch. `mode='random'` draws the modalities inside `forward`: draw "
-        "them yourself. Three overlapping regions, up-sampled after the classifier. Instance normalisation of the "
-        "pooled features raises in PyTorch unless it is edited as their README says",
+        written='`spec=BackboneSpec.detect(…, outputs="sigmoid", mask_argument="mode", mask_format=numbers)`, with '
+        "`numbers` a `MaskCodec` for text such as `'0,2'`",
+        traps="`shared_enc` hands its skips over through an attribute, so that its output alone must not be replayed; "
+        "one mode for the batch, and `'random'` draws it inside `forward`: draw it yourself; three overlapping regions",
         expect="exact",
         target=(torch.rand(2, 3, 16, 32, 32) > 0.7).float(),
         task_loss=region_loss,

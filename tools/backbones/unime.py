@@ -55,10 +55,8 @@ def build(checkout: Path) -> Trial:
         modalities=("flair", "t1ce", "t1", "t2"),
         spec=None,
         written="",
-        traps="the transformer reads the masked images, so that it runs again for each student. Images must be 96³. A "
-        "convolution of the regulariser, called four times, has as many outputs as the last layer. Encoders run under "
-        "activation checkpointing, which is not the reentrant kind. Logits are returned: pass `outputs='sigmoid'` for "
-        "regions",
+        traps="images must be 96³; the transformer reads the masked images: it runs for each student; logits are "
+        'returned: `outputs="sigmoid"` for regions',
         expect="exact",
         target=labels(32),
         task_loss=task_loss,

@@ -145,10 +145,12 @@ class BoundBackbone:
         """
         batch = self.batch_of(call)
         if not self.has_mask(call):
-            what = "takes no mask" if self._mask is None else f"was called without its mask ({self._mask})"
+            what, cure = f"was called without its mask ({self._mask})", ""
+            if self._mask is None:
+                what, cure = "takes no mask", ", or name the argument that says it: BackboneSpec(mask_argument=…)"
             raise InputError(
                 f"the backbone {what}, so that nothing says which modalities are present: pass "
-                f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)})"
+                f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)}){cure}"
             )
         assert self._mask is not None
         presence = check_mask(self._codec.decode(call.get(self._mask)), batch, self.modalities, what="the mask")

@@ -138,7 +138,8 @@ class _IndexCodec:
     def decode(self, raw: Any) -> Tensor:
         if isinstance(raw, Tensor):
             raw = raw.tolist()
-        if not isinstance(raw, Sequence) or not all(isinstance(index, int) for index in raw):
+        # A bool is an int: [True, False] would be columns 1 and 0.
+        if not isinstance(raw, Sequence) or not all(type(index) is int for index in raw):
             raise InputError(f"the mask must be a list of modality indices for the whole batch, got {raw!r}")
         indices = list(raw)
         count = len(self.order)
