@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -25,16 +25,22 @@ def make(parts: Sequence[Tensor], present: Sequence[bool]) -> Call:
     return tuple(parts), {}
 
 
+CONFIGURATION = SimpleNamespace(
+    MODEL=SimpleNamespace(TOPOLOGY=[16, 32]),
+    DATALOADER=SimpleNamespace(S1_BANDS=[0, 1], S2_BANDS=[2, 1, 0, 3]),
+)
+
+
+def networks(checkout: Path) -> ModuleType:
+    """Return the module with the networks of the repository."""
+    with edited(absent=("fvcore", "tabulate")):
+        return load(checkout, "utils.networks")
+
+
 def build(checkout: Path) -> Trial:
     """Build the network with the topology of its debug configuration."""
-    with edited(absent=("fvcore", "tabulate")):
-        networks = load(checkout, "utils.networks")
-    cfg = SimpleNamespace(
-        MODEL=SimpleNamespace(TOPOLOGY=[16, 32]),
-        DATALOADER=SimpleNamespace(S1_BANDS=[0, 1], S2_BANDS=[2, 1, 0, 3]),
-    )
     torch.manual_seed(0)
-    model = networks.DualStreamUNet(cfg)
+    model = networks(checkout).DualStreamUNet(CONFIGURATION)
     parts = [torch.randn(2, 2, 32, 32), torch.randn(2, 4, 32, 32)]
     return Trial(
         model=model.train(),
