@@ -462,6 +462,20 @@ def test_permuted_columns_are_refused_with_the_map_and_accepted_once_declared() 
     assert spec_of(found(backbone, mask_columns=columns)).mask_columns == columns
 
 
+def test_second_argument_that_is_no_mask_is_refused_with_what_to_pass() -> None:
+    class TwoTensors(Net):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.cat([first, second], dim=1), full())
+
+    first, second = images()[:, :1], images()[:, 1:]
+    problem = only_problem(examine(TwoTensors(), first, second, modalities=("flair", "others")))
+    assert "mask_argument= (None when there is none)" in problem
+    assert "input_argument=(0, 1)" in problem
+    problem = only_problem(examine(Net(), images(), 7, modalities=NAMES))
+    assert "mask_format=MaskCodec" in problem
+    assert "input_argument" not in problem
+
+
 def test_float_mask_and_list_of_indices_are_recognised_from_the_example() -> None:
     report = examine(Net(), images(), full().float(), modalities=NAMES)
     assert spec_of(report).mask_format == "float"
@@ -657,6 +671,23 @@ def test_encoder_that_runs_without_gradient_is_left_out_of_the_replay() -> None:
     assert any("'flair_encoder' can learn but runs without gradient" in warning for warning in report.warnings)
 
 
+def test_last_layer_that_refines_logits_is_remarked_on() -> None:
+    class LearnedUpsampling(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.refine = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.refine(super().forward(x, mask))
+
+    report = found(LearnedUpsampling())
+    assert spec_of(report).classifier == "refine"
+    assert any("'refine', the last layer, has one channel for each class" in warning for warning in report.warnings)
+    named = found(LearnedUpsampling(), classifier="head")
+    assert spec_of(named).classifier == "head"
+    assert not any("one channel for each class" in warning for warning in (*named.warnings, *found(Net()).warnings))
+
+
 # Batch
 
 
@@ -666,8 +697,26 @@ class MixesBatch(Net):
         return fused - fused.mean(0, keepdim=True)
 
 
-def test_network_whose_samples_depend_on_each_other_is_refused() -> None:
-    assert "not independent" in only_problem(found(MixesBatch()))
+class UsesTheFirstSample(Net):
+    """Weights of the fusion come from the first sample and hold for all, as in a public network."""
+
+    def fused(self, x: Tensor, mask: Tensor) -> Tensor:
+        fused = super().fused(x, mask)
+        return fused * fused[:1].mean(dim=(2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("network", [MixesBatch, UsesTheFirstSample])
+def test_network_whose_samples_depend_on_each_other_is_refused(network: type[nn.Module]) -> None:
+    problem = only_problem(found(network()))
+    assert "not independent" in problem
+    assert "mixed_masks=False" in problem
+
+
+@pytest.mark.parametrize("network", [MixesBatch, UsesTheFirstSample])
+def test_samples_may_depend_on_each_other_where_a_batch_has_one_mask(network: type[nn.Module]) -> None:
+    report = found(network(), mixed_masks=False)
+    assert not spec_of(report).mixed_masks
+    assert any("not independent" in warning for warning in report.warnings)
 
 
 def test_network_that_reads_the_first_row_of_the_mask_cannot_mix_masks() -> None:

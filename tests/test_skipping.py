@@ -152,6 +152,43 @@ def test_nothing_is_left_out_where_it_would_change_something(build: Callable[[],
         model(x, mask)
 
 
+def test_nothing_is_left_out_in_front_of_batch_statistics() -> None:
+    net = with_layer(lambda: nn.BatchNorm2d(4))
+    x, mask, _ = batch([[1, 1, 1]] * 2, side=8)
+    named = {name: f"encoders.{name}.0" for name in THREE}
+    assert not BackboneSpec.detect(net, x, mask, modalities=THREE, encoders=named).skippable
+
+
+def test_batch_statistics_behind_the_mask_are_no_obstacle() -> None:
+    net = MeanNet(THREE, norm="batch")
+    x, mask, _ = batch([[1, 1, 1]] * 2, side=8)
+    assert BackboneSpec.detect(net, x, mask, modalities=THREE).skippable
+
+
+def test_nothing_is_left_out_where_the_mask_is_no_argument() -> None:
+    class AttributeMask(MeanNet):
+        present: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Any:
+            everything = torch.ones(len(x), len(self.names), dtype=torch.bool)
+            return super().forward(x, everything if self.present is None else self.present)
+
+    def with_mask(net: Any, x: Tensor, mask: Tensor) -> Any:
+        net.present = mask
+        try:
+            return net(x)
+        finally:
+            net.present = None
+
+    net = AttributeMask(THREE)
+    for name in THREE:
+        nn.init.zeros_(net.encoders[name][0].bias)  # features of a blank image are zero, for now
+    x, mask, _ = batch([[1, 1, 1]] * 2, side=8)
+    spec = BackboneSpec.detect(net, x, mask, modalities=THREE, mask_argument=None, call=with_mask)
+    assert spec.students == "replay"
+    assert not spec.skippable
+
+
 def test_dropout_in_an_encoder_is_no_obstacle() -> None:
     net = with_layer(lambda: nn.Dropout(0.5))
     assert trained(net, LACKING, "auto")[2].passion.bound.spec.skippable  # type: ignore[union-attr]

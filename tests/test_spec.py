@@ -295,8 +295,9 @@ class TestMasks:
         assert loss_of(model, x, [0, 2], target=y) == loss_of(wrap(net), x, mask, target=y)
         with pytest.raises(InputError, match=r"at most once, got \[0, 7\]"):
             model(x, [0, 7])
-        with pytest.raises(InputError, match="list of modality indices"):
-            model(x, mask)
+        for wrong in (mask, [True, False, True]):
+            with pytest.raises(InputError, match="list of modality indices"):
+                model(x, wrong)
 
     def test_columns_in_another_order_are_translated(self) -> None:
         class Shuffled(MeanNet):

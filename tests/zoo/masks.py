@@ -188,6 +188,12 @@ class FirstRowOnly(Net):
     expected="refused",
     reason=r"samples of a batch are not independent",
 )
+@zoo(
+    "mixes_the_batch_with_one_mask",
+    presence=one_subset,
+    spec={"mixed_masks": False},
+    reference="batch",
+)
 class MixesTheBatch(Net):
     """A softmax over the batch axis: what one sample gets depends on the others."""
 

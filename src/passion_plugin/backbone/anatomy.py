@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["Anatomy", "anatomy", "has_batch_statistics"]
+__all__ = ["Anatomy", "anatomy", "batch_layers"]
 
 _PARALLEL = "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -50,7 +50,7 @@ def anatomy(backbone: nn.Module) -> Anatomy:
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    batch = [module for module in modules.values() if isinstance(module, _BatchNorm)]
+    batch = batch_layers(backbone)
     norms = [type(module).__name__ for module in modules.values() if isinstance(module, _NORMS)]
     return Anatomy(
         normalisation=dict(Counter(norms)),
@@ -65,9 +65,9 @@ def anatomy(backbone: nn.Module) -> Anatomy:
     )
 
 
-def has_batch_statistics(module: nn.Module) -> bool:
-    """Whether a module gives a sample something else in training when other samples are not there."""
-    return any(isinstance(part, _BatchNorm) for part in module.modules())
+def batch_layers(backbone: nn.Module) -> list[nn.Module]:
+    """Return the layers that give a sample something else in training when other samples are not there."""
+    return [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
 
 
 def _wrappers(modules: dict[str, nn.Module]) -> list[str]:

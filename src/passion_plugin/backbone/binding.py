@@ -19,7 +19,7 @@ from passion_plugin.skipping import Layouts
 from passion_plugin.taps import resolve_module
 from passion_plugin.validate import describe
 
-__all__ = ["BoundBackbone"]
+__all__ = ["BoundBackbone", "resting_buffers"]
 
 
 class BoundBackbone:
@@ -156,10 +156,12 @@ class BoundBackbone:
         """
         batch = self.batch_of(call)
         if not self.has_mask(call):
-            what = "takes no mask" if self._mask is None else f"was called without its mask ({self._mask})"
+            what, cure = f"was called without its mask ({self._mask})", ""
+            if self._mask is None:
+                what, cure = "takes no mask", ", or name the argument that says it: BackboneSpec(mask_argument=…)"
             raise InputError(
                 f"the backbone {what}, so that nothing says which modalities are present: pass "
-                f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)})"
+                f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)}){cure}"
             )
         assert self._mask is not None
         presence = check_mask(self._codec.decode(call.get(self._mask)), batch, self.modalities, what="the mask")
@@ -240,7 +242,7 @@ class BoundBackbone:
                 stack.enter_context(self.spec.light(self.backbone))
             else:
                 stack.enter_context(_attributes(self.backbone, self.spec.light))
-            stack.enter_context(_resting_buffers(self.backbone))
+            stack.enter_context(resting_buffers(self.backbone))
             yield
 
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -302,7 +304,7 @@ def _attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None
 
 
 @contextmanager
-def _resting_buffers(backbone: nn.Module) -> Iterator[None]:
+def resting_buffers(backbone: nn.Module) -> Iterator[None]:
     """Let the backbone work on copies of its buffers and put the originals back.
 
     Running statistics follow the fused pass only, and so do counters and the vectors of spectral norm. Setting

@@ -68,10 +68,11 @@ def settle_batch(probe: Probe) -> BatchBehaviour:
     found.repeatable = relative_difference(probe.predict(probe.images(), everything, seed=1), base)
     if probe.batch == 1:
         return found
-    first = torch.tensor([0])
-    found.mixing = relative_difference(probe.predict(probe.neighbours(), everything)[:1], base[:1])
+    # Every row: what is read off the first one and used for all does not change with the others.
+    changed = [probe.predict(probe.neighbours(row), everything)[row] for row in range(probe.batch)]
+    found.mixing = max(relative_difference(other, base[row]) for row, other in enumerate(changed))
     try:
-        probe.predict(probe.images(), everything, rows=first)
+        probe.predict(probe.images(), everything, rows=torch.tensor([0]))
     except Exception as error:
         found.single = f"a batch of one raises {short(error)}"
     try:

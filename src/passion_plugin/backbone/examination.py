@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from passion_plugin.backbone.anatomy import has_batch_statistics
+from passion_plugin.backbone.anatomy import batch_layers
 from passion_plugin.backbone.checks import EFFECT, mask_behaviour, mask_meaning, settle_batch
 from passion_plugin.backbone.detection import Detection, Encoders, detect
 from passion_plugin.backbone.findings import Report
@@ -71,8 +71,8 @@ class Examination:
         report.convention = self._convention()
         report.batch = settle_batch(probe)
         self.noisy = report.batch.repeatable > EFFECT
-        can_mix = judge_batch(report, report.batch, self.layers)
-        self.known["mixed_masks"] = can_mix and self.known.get("mixed_masks", True)
+        may_mix = self.known.get("mixed_masks", True)
+        self.known["mixed_masks"] = judge_batch(report, report.batch, self.layers, one_mask=not may_mix) and may_mix
         if probe.interface.mask_argument is not None:
             self._examine_mask(meaning)
         spec = self._searched() if self.searching else BackboneSpec(**self.known)
@@ -161,6 +161,12 @@ class Examination:
             )
         else:
             self.known["classifier"] = match.name
+            if getattr(self.probe.backbone.get_submodule(match.name), "in_channels", 0) == match.classes:
+                self.report.warn(
+                    f"what enters {match.name!r}, the last layer, has one channel for each class: it may refine logits "
+                    f"(a learned up-sampling?), which would then be compared as features. If so, name the layer that "
+                    f"makes them as classifier="
+                )
 
     def _outputs(self) -> str:
         match = self.report.match
@@ -260,8 +266,12 @@ class Examination:
     def _skippable(self, spec: BackboneSpec) -> bool:
         if not spec.encoders or spec.students == "mixed" or self.noisy or self.report.problems:
             return False
+        # Without a mask among its arguments, nothing makes a network hide in the fused pass what is not there; features
+        # of a blank image may be zero now and not after training.
+        if spec.mask_argument is None:
+            return False
         bound = self.probe.bind(spec)
-        if any(has_batch_statistics(module) for modules in bound.encoders.values() for module in modules):
+        if any(batch_layers(module) for modules in bound.encoders.values() for module in modules):
             return False
         try:
             absent = skipping_difference(self.probe, spec, "absent")

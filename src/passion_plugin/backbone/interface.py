@@ -129,8 +129,10 @@ def _mask_format(raw: Any, count: int) -> tuple[str | MaskCodec, str]:
     if isinstance(raw, (list, tuple)) and all(type(entry) is int and 0 <= entry < count for entry in raw):
         return "indices", ""
     shape = f" of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else ""
+    images = isinstance(raw, Tensor) and raw.ndim > 2
     return "bool", (
         f"the example mask is a {type(raw).__name__}{shape}, expected a tensor (batch, {count}) or a list of "
         f"column numbers. If the backbone takes something else, pass mask_format=MaskCodec(encode, decode); "
-        f"if this is not the mask, mask_argument="
+        f"if this is not the mask, mask_argument= (None when there is none)"
+        + (f"; if every modality is an argument, input_argument={tuple(range(count))} too" if images else "")
     )

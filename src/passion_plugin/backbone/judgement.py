@@ -27,8 +27,14 @@ def judge_layers(report: Report, layers: Anatomy) -> None:
         )
 
 
-def judge_batch(report: Report, found: BatchBehaviour, layers: Anatomy) -> bool:
+def judge_batch(report: Report, found: BatchBehaviour, layers: Anatomy, *, one_mask: bool = False) -> bool:
     """Write down what the relation of the samples in a batch means.
+
+    Args:
+        report: to be written to.
+        found: the experiment.
+        layers: of the network.
+        one_mask: the user has said that all samples of a batch have one mask: students run on the whole batch.
 
     Returns:
         Whether one batch can hold samples with different masks.
@@ -47,12 +53,19 @@ def judge_batch(report: Report, found: BatchBehaviour, layers: Anatomy) -> bool:
     if found.mixing is not None and found.mixing > EFFECT:
         if layers.no_running:
             report.warn("batch normalisation without running statistics couples samples in evaluation too")
+        elif one_mask:
+            report.warn(
+                f"the samples of a batch are not independent: the prediction of one changes by {found.mixing:.1e} "
+                f"when the content of its neighbour changes. With one mask for the batch, as mixed_masks=False says, "
+                f"students run on the whole batch and see what the teacher saw"
+            )
         else:
             report.problem(
                 f"the samples of a batch are not independent: the prediction of one changes by "
                 f"{found.mixing:.1e} when the content of its neighbour changes (a softmax or a mean over the batch "
-                f"axis?). Students run on some rows of the batch and would not see what the teacher saw; make the "
-                f"samples independent in the backbone"
+                f"axis?). Students run on some rows of the batch and would not see what the teacher saw. Make the "
+                f"samples independent in the backbone, or train with one mask for the batch (a batch of one has "
+                f"one) and say so with mixed_masks=False"
             )
     if found.mixed is None:
         report.warn(f"one batch cannot hold different masks: {found.reason}")

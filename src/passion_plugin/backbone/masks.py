@@ -146,7 +146,8 @@ class _IndexCodec:
             if reason := unreadable(raw):
                 raise InputError(f"the mask {reason}")
             raw = raw.tolist()
-        if not isinstance(raw, Sequence) or not all(isinstance(index, int) for index in raw):
+        # A bool is an int: [True, False] would be columns 1 and 0.
+        if not isinstance(raw, Sequence) or not all(type(index) is int for index in raw):
             raise InputError(
                 f"the mask must be a list of modality indices for the whole batch, got {reprlib.repr(raw)}"
             )

@@ -193,11 +193,13 @@ class Probe:
         hidden = self.interface.absent(tree_map(_copied, base), keep)
         return tree_map(lambda old, gone, new: torch.where(old != gone, new, old), base, hidden, other)
 
-    def neighbours(self) -> Any:
-        """Return noise images in which every row but the first is other noise."""
+    def neighbours(self, row: int) -> Any:
+        """Return noise images in which every row but this one is other noise."""
 
         def second(old: Any, new: Any) -> Any:
-            return torch.cat([old[:1], new[1:]]) if isinstance(old, Tensor) and old.ndim >= 2 else old
+            if not isinstance(old, Tensor) or old.ndim < 2:
+                return old
+            return torch.cat([new[:row], old[row : row + 1], new[row + 1 :]])
 
         return tree_map(second, *self._contents)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from passion_plugin.backbone.anatomy import batch_layers
+from passion_plugin.backbone.binding import resting_buffers
 from passion_plugin.backbone.probe import Probe, prediction_of, relative_difference
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
@@ -174,9 +177,10 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
 def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     """Return the largest relative difference that skipping the encoders of missing modalities makes.
 
-    Compared are all maps and numbers that the backbone returns and, for ``"absent"``, the gradient that they send
-    to all parameters. Where encoders run on fewer rows, rounding flips activations near zero and gradients with
-    them.
+    Compared are all maps and numbers that the backbone returns, its buffers afterwards and, for ``"absent"``, the
+    gradient that is sent to all parameters. Where encoders run on fewer rows, rounding flips activations near zero
+    and gradients with them. Batch normalisation is in training mode: its statistics, wherever they are taken, may
+    follow what a skipped encoder would put out.
 
     Args:
         probe: the backbone, in a sandbox.
@@ -193,17 +197,18 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
         results = []
         for how in ("no", skip):
-            with torch.enable_grad():
+            with torch.enable_grad(), resting_buffers(probe.backbone), _batch_statistics(probe.backbone):
                 reseed()
                 fused = fused_pass(bound, probe.arguments(probe.images(), table), table, skip=how)
                 leaves = [leaf for leaf in tree_leaves(fused.raw) if isinstance(leaf, Tensor)]
                 outputs = [leaf for leaf in leaves if leaf.is_floating_point()]
                 total = sum(_projected(leaf) for leaf in outputs if leaf.requires_grad)
-            results.append([leaf.detach() for leaf in outputs])
+                results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
             if skip == "absent" and isinstance(total, Tensor):
                 results[-1].append(_gradient(total, parameters))
-        pairs = zip(*results, strict=True)
-        worst = max([worst, *(relative_difference(skipped, full) for full, skipped in pairs)])
+        # A buffer may hold infinities, which have no difference.
+        changed = [pair for pair in zip(*results, strict=True) if not torch.equal(*pair)]
+        worst = max([worst, *(relative_difference(skipped, full) for full, skipped in changed)])
     return worst
 
 
@@ -223,6 +228,18 @@ def true_student(probe: Probe, spec: BackboneSpec, presence: Tensor, segment: Se
     reseed()
     fused = FusedPass(call, len(presence), None, nobody, FeatureRecord({}), None)
     return student_pass(bound, fused, [segment])[0]
+
+
+@contextmanager
+def _batch_statistics(backbone: nn.Module) -> Iterator[None]:
+    layers = [layer for layer in batch_layers(backbone) if not layer.training]
+    try:
+        for layer in layers:
+            layer.train()
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
 
 
 def _projected(output: Tensor) -> Tensor:
