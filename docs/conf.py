@@ -39,6 +39,12 @@ def _escape_axes(_app: Any, _what: str, _name: str, _object: Any, _options: Any,
     lines[:] = [re.sub(r"(?<=[(, ])\*(?=\w+[,)])", r"\\*", line) for line in lines]
 
 
+def _unlink_files(_app: Any, _page: str, source: list[str]) -> None:
+    """Files outside of this folder have no page on the site; links to them are for readers of the repository."""
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
+
+
 def setup(app: Any) -> None:
     """Connect what the configuration values cannot say."""
     app.connect("autodoc-process-docstring", _escape_axes)
+    app.connect("source-read", _unlink_files)
