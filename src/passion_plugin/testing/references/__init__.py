@@ -1,8 +1,8 @@
 """Every term of PASSION (arXiv:2407.14796) as plain loops over NumPy float64: slow, obvious, and independent.
 
 Read these functions beside the equations of the method, or use them as the truth in tests of your own loss.
-They share no code with :mod:`passion_plugin.losses` and :mod:`passion_plugin.preference`, take arrays (or CPU
-tensors) and return float64 arrays. Keep inputs to a few hundred voxels.
+They share no code with :mod:`passion_plugin.losses` and :class:`~passion_plugin.PreferenceEstimator`, take arrays
+(or CPU tensors) and return float64 arrays. Keep inputs to a few hundred voxels.
 
 Example:
     >>> import numpy as np

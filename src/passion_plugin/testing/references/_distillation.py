@@ -82,7 +82,7 @@ def upsample(values: Input, scale_factor: int) -> Array:
         scale_factor: a positive integer.
 
     Returns:
-        (K, *spatial * scale_factor).
+        (K, *spatial), each axis ``scale_factor`` times as long.
 
     Example:
         >>> upsample(np.array([[[0.0, 3.0]]]), 2).round(6)

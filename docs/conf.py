@@ -1,0 +1,50 @@
+"""Configuration of the documentation site: ``make site``."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version as version_of
+from typing import Any
+
+project = "passion-plugin"
+author = "The passion-plugin contributors"
+version = release = version_of("passion-plugin")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+
+# The site is built with -W: a reference to a name of ours that the reference does not describe is an error. Names of
+# other projects would need their inventories from the network.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!passion_plugin\.).*")]
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+# Types are in the signatures; the docstrings give shapes and dtypes.
+autodoc_typehints = "signature"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# Attributes of a dataclass are described once, in its docstring.
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"passion-plugin {release}"
+
+
+def _escape_axes(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Shapes such as (B, *spatial) are no emphasis."""
+    lines[:] = [re.sub(r"(?<=[(, ])\*(?=\w+[,)])", r"\\*", line) for line in lines]
+
+
+def _unlink_files(_app: Any, _page: str, source: list[str]) -> None:
+    """Files outside of this folder have no page on the site; links to them are for readers of the repository."""
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
+
+
+def setup(app: Any) -> None:
+    """Connect what the configuration values cannot say."""
+    app.connect("autodoc-process-docstring", _escape_axes)
+    app.connect("source-read", _unlink_files)
