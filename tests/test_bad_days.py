@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import sys
 import threading
@@ -679,7 +678,6 @@ class TestTwoEngines:
             engine(first)
         del two
         if second != "attached":
-            gc.collect()
             engine(first)
 
     def test_copies_have_backbones_of_their_own_and_take_charge_of_them(self) -> None:

@@ -131,6 +131,7 @@ def test_heads_of_modalities_whose_names_look_alike_stay_apart() -> None:
     )
     assert len(model.heads) == 2
     model(x, mask, passion_target=y)[1].backward()
+    model.unwrap()
     spec = spec_of(net, students="heads", encoders={"t.1": "encoders.a", "t_1": "encoders.b"})
     model = PassionWrapper(net, ("t.1", "t_1"), missing_rates=(0.1, 0.1), spec=spec, example_input=x, example_mask=mask)
     assert len(model.heads) == 2

@@ -234,7 +234,9 @@ class TestBinding:
             return backbone(x, mask)
 
         x, mask, y = batch(MIXED)
-        assert loss_of(wrap(net, call=call), x, mask, target=y) == loss_of(wrap(net), x, mask, target=y)
+        called = wrap(net, call=call)
+        found = loss_of(called, x, mask, target=y)
+        assert found == loss_of(wrap(called.unwrap()), x, mask, target=y)
         masks = [masks for _, masks in seen]
         assert masks == [[[True, False, False]] * 2, [[False, True, False]] * 2, [[False, False, True]]]
         assert all(sum(value > 0 for value in content) == 1 for content, _ in seen)
@@ -479,6 +481,8 @@ class TestImages:
             assert loss_of(wrap(listed, students=students), named, mask, target=y) == pytest.approx(wanted)
             by_place = wrap(apart, students=students, input_argument=(0, 1, 2), mask_argument=3)
             assert loss_of(by_place, *parts, mask, target=y) == pytest.approx(wanted)
+            by_place.unwrap()
             by_name = wrap(apart, students=students, input_argument=("a", "b", "c"), mask_argument="mask")
             found = loss_of(by_name, parts[0], b=parts[1], c=parts[2], mask=mask, target=y)
             assert found == pytest.approx(wanted)
+            by_name.unwrap()

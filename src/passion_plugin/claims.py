@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -21,14 +22,15 @@ def refuse_claimed(backbone: nn.Module) -> None:
     Raises:
         UsageError: one is, and it still exists.
     """
-    inside = set(backbone.modules())
-    for other in list(_ENGINES):
-        if engine_of(other) is not None and (other in inside or backbone in set(other.modules())):
-            where = "" if other is backbone else f", through the {type(other).__name__} in it or around it,"
-            raise UsageError(
-                f"this backbone{where} has a Passion engine already; unwrap() or detach() that first. Two engines "
-                f"would scale the same gradients twice: to compare them, give each a copy.deepcopy of the backbone"
-            )
+    if _claimed(backbone):
+        # An engine that nobody holds any more may still hang in a cycle of references.
+        gc.collect()
+    for other in _claimed(backbone):
+        where = "" if other is backbone else f", through the {type(other).__name__} in it or around it,"
+        raise UsageError(
+            f"this backbone{where} has a Passion engine already; unwrap() or detach() that first. Two engines would "
+            f"scale the same gradients twice: to compare them, give each a copy.deepcopy of the backbone"
+        )
 
 
 def claim(backbone: nn.Module, engine: Any) -> None:
@@ -46,3 +48,9 @@ def engine_of(backbone: nn.Module) -> Any:
     """Return the engine that is in charge of a backbone, None where there is none."""
     reference = _ENGINES.get(backbone)
     return None if reference is None else reference()
+
+
+def _claimed(backbone: nn.Module) -> list[nn.Module]:
+    inside = set(backbone.modules())
+    held = [other for other in list(_ENGINES) if engine_of(other) is not None]
+    return [other for other in held if other in inside or backbone in set(other.modules())]
