@@ -175,8 +175,11 @@ class TestExceptions:
         x, mask, y = batch(MIXED)
         torch.manual_seed(3)
         net.trap(place).set(call, error("on purpose"))
-        with pytest.raises(error, match="on purpose"):
+        # Of a student pass, which the user never asked for, the error says so; a Ctrl-C stays one.
+        explained = call > 1 and issubclass(error, Exception)
+        with pytest.raises(BackboneError if explained else error, match="on purpose") as raised:
             model(x, mask, passion_target=y)
+        assert isinstance(raised.value.__cause__ if explained else raised.value, error)
         random_state = torch.get_rng_state()
         # The bare network fails in the same place of its only pass, or gets through it.
         torch.manual_seed(3)
