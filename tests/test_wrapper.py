@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
-from passion_plugin import PassionConfig, PassionWarning, PassionWrapper
+from passion_plugin import BackboneError, PassionConfig, PassionWarning, PassionWrapper
 from passion_plugin.backbone import BackboneSpec
 
 M = NAMES[:3]
@@ -226,7 +226,7 @@ def test_an_exception_inside_a_student_pass_leaves_the_backbone_as_it_was() -> N
     before = _without_statistics(traces(net))
     model = wrap(net)
     x, mask, y = batch(PRESENCE)
-    with pytest.raises(BackboneError, match="only flair of 2 sample.*on purpose"):
+    with pytest.raises(BackboneError, match=r"only flair of 2 sample.*on purpose"):
         model(x, mask)
     net.decoder[3].calls = 0
     assert _without_statistics(traces(net)) == before
