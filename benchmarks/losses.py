@@ -21,10 +21,10 @@ from benchmarks.results import Row, command_line, rows_of_times, run, timing_opt
 
 __all__ = ["case_options", "cases", "main", "measure", "runnable"]
 
-_QUICK = {"sides": (32, 64, 80), "classes": (2, 4, 16), "channels": (8, 16, 32)}
+_QUICK = {"sides": (32, 64, 80, 128, 160), "classes": (2, 4, 16), "channels": (8, 16, 32)}
 _FULL = {**_QUICK, "sides": (32, 48, 64, 80, 96, 128, 160)}
 _QUICK_OPERATIONS = ("pixel", "prototype", "segmentation")
-_BASE = {"sides": 64, "classes": 4, "channels": 8}
+_BASE = {"sides": 80, "classes": 4, "channels": 8}
 
 
 def case_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     """Return the points of the sweep.
 
     All combinations with ``--full`` or where the user named values; otherwise one number at a time is varied
-    around 64^3 voxels, K = 4, C = 8.
+    around 80^3 voxels, K = 4, C = 8.
     """
     chosen = {name: getattr(options, name) for name in _QUICK}
     if options.full or any(chosen.values()):
