@@ -1,4 +1,4 @@
-"""Configuration of the documentation site: ``make site``."""
+"""Configuration of the documentation site: ``make docs``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
-# The site is built with -W: a reference to a name of ours that the reference does not describe is an error. Names of
-# other projects would need their inventories from the network.
+# The site is built with --fail-on-warning: a reference to a name of ours that the reference does not describe is an
+# error. Names of other projects would need their inventories from the network.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!passion_plugin\.).*")]
 

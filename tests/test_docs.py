@@ -17,7 +17,7 @@ import passion_plugin
 
 ROOT = Path(__file__).parents[1]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-LINKED = [*RUN, ROOT / "CHANGELOG.md"]
+LINKED = [*RUN, ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
 
 FENCE = re.compile(r"^(?P<mark>```+|~~~+)\s*(?P<info>[^`\n]*)$")
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)(?:\s+\"[^\"]*\")?\)|<img[^>]*\ssrc=\"(?P<src>[^\"]+)\"")

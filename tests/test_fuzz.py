@@ -1,6 +1,6 @@
 """Random networks, specs, batches and orders of calls: whatever happens is right, or an error of ours that says why.
 
-``HYPOTHESIS_PROFILE=fuzz pytest tests/test_fuzz.py`` runs 2,000 cases with a network and 1,000 without.
+``HYPOTHESIS_PROFILE=fuzz pytest tests/test_fuzz.py`` runs 2,000 cases with a network and 500 with settings.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def refuse_claimed(backbone: nn.Module) -> None:
         where = "" if other is backbone else f", through the {type(other).__name__} in it or around it,"
         raise UsageError(
             f"this backbone{where} has a Passion engine already; unwrap() or detach() that first. Two engines would "
-            f"scale the same gradients twice: to compare them, give each a copy.deepcopy of the backbone"
+            f"scale the same gradients twice: to compare them, give each a copy.deepcopy of the backbone, made "
+            f"before an engine is put on it"
         )
 
 
