@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from models import NAMES, DeepNet, MeanNet, batch, spec_of
 from passion_plugin import Passion, PassionConfig, PassionError, PassionWrapper, PreferenceEstimator
 from passion_plugin.errors import BackboneError, ConfigError, UsageError
+from passion_plugin.parallel import is_sharded
 from passion_plugin.strategies import AGM, OGMGE, RedCore
 from ranks import Ranks
 
@@ -80,7 +81,10 @@ class ReentrantDecoder(CheckpointedDecoder):
 
 def shard(model: Any, where: str) -> None:
     """``fully_shard`` every part on its own, or the whole in one."""
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # PyTorch 2.5
+        from torch.distributed._composable.fsdp import fully_shard
 
     net = model.backbone if isinstance(model, PassionWrapper) else model
     for part in (*net.encoders.values(), net.decoder) if where == "parts" else ():
@@ -331,6 +335,31 @@ def test_what_shards_cannot_do_is_refused(ranks: Ranks, options: dict[str, Any],
 def test_heads_in_a_wrapper_that_is_one_shard(ranks: Ranks) -> None:
     presence = PRESENCE["a rank lacks a modality"]
     assert_as_one_process(ranks(trained, presence, fsdp="whole", heads=True), trained(None, presence, heads=True))
+
+
+def found_sharded(rank: int, hidden: str) -> list[bool]:
+    """Whether a network is, before and after, where the public module lacks the name or was never imported."""
+    model, _ = build()
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if hidden == "module":
+            patch.delitem(sys.modules, "torch.distributed.fsdp", raising=False)
+            patch.delitem(sys.modules, "torch.distributed._composable.fsdp", raising=False)
+        found.append(is_sharded(model))
+        assert hidden != "module" or "torch.distributed.fsdp" not in sys.modules
+    shard(model, "whole")
+    import torch.distributed._composable.fsdp  # where the name was in PyTorch 2.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hidden == "name":
+            patch.delattr("torch.distributed.fsdp.FSDPModule", raising=False)
+        found.append(is_sharded(model))
+    return found
+
+
+@pytest.mark.parametrize("hidden", ["", "name", "module"])
+def test_shards_are_found_where_this_version_of_torch_has_them(ranks: Ranks, hidden: str) -> None:
+    assert ranks(found_sharded, hidden) == [[False, True]] * 2
 
 
 class OverRanks(nn.SyncBatchNorm):
