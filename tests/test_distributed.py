@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from models import NAMES, DeepNet, MeanNet, batch, spec_of
-from passion_plugin import Passion, PassionConfig, PassionError, PassionWrapper, PreferenceEstimator
+from passion_plugin import Passion, PassionConfig, PassionError, PassionWrapper, PreferenceEstimator, save_addon
 from passion_plugin.errors import BackboneError, ConfigError, UsageError
 from passion_plugin.parallel import is_sharded
 from passion_plugin.strategies import AGM, OGMGE, RedCore
@@ -348,7 +351,7 @@ def found_sharded(rank: int, hidden: str) -> list[bool]:
         found.append(is_sharded(model))
         assert hidden != "module" or "torch.distributed.fsdp" not in sys.modules
     shard(model, "whole")
-    import torch.distributed._composable.fsdp  # where the name was in PyTorch 2.5
+    importlib.import_module("torch.distributed._composable.fsdp")  # where the name is in PyTorch 2.5
 
     with pytest.MonkeyPatch.context() as patch:
         if hidden == "name":
@@ -360,6 +363,95 @@ def found_sharded(rank: int, hidden: str) -> list[bool]:
 @pytest.mark.parametrize("hidden", ["", "name", "module"])
 def test_shards_are_found_where_this_version_of_torch_has_them(ranks: Ranks, hidden: str) -> None:
     assert ranks(found_sharded, hidden) == [[False, True]] * 2
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, rank: int, number: int) -> Tensor:
+    """Train on the own half of a batch, and return beta at the end of the epoch."""
+    rows = slice(2 * rank, 2 * rank + 2)
+    x, mask, target = (part[rows] for part in batch(PRESENCE["mixed"], dtype=torch.float64))
+    for _ in range(number):
+        optimizer.zero_grad()
+        loss_of(model, model.passion, "one call", x, mask, target).backward()
+        optimizer.step()
+    return model.end_epoch().beta
+
+
+def saved_and_loaded(rank: int, folder: str, where: str, **options: Any) -> list[dict[str, Tensor]]:
+    """What a sharded training arrives at, by itself and through a checkpoint, and where the second one started."""
+
+    def fresh() -> tuple[Any, torch.optim.Optimizer]:
+        model, _ = build(**options)
+        shard(model, where)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+
+    def everything(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        network, state = dcp_state.get_state_dict(model, optimizer)
+        return {"model": network, "optimizer": state}
+
+    def reached(model: Any) -> dict[str, Tensor]:
+        return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+    (model, optimizer), (other, its_optimizer) = fresh(), fresh()
+    started = reached(other)
+    steps(model, optimizer, rank, 2)
+    dcp.save(everything(model, optimizer), checkpoint_id=folder)
+    state = everything(other, its_optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    dcp_state.set_state_dict(other, its_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    betas = [steps(one, its, rank, 2) for one, its in ((model, optimizer), (other, its_optimizer))]
+    return [{**reached(model), "beta": betas[0]}, {**reached(other), "beta": betas[1]}, started]
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [("parts", {}), ("whole", {}), ("whole", {"heads": True}), ("parts", {"strategy": "redcore"})],
+    ids=["parts", "whole", "heads", "redcore"],
+)
+def test_a_sharded_training_goes_on_from_a_distributed_checkpoint(
+    ranks: Ranks, where: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for unbroken, resumed, started in ranks(saved_and_loaded, str(tmp_path / "checkpoint"), where, **options):
+        assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+        assert bool((resumed["beta"] != 1).any())
+        assert not any(torch.equal(resumed[name], value) for name, value in started.items())
+
+
+def addon_of_shards(rank: int, folder: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """What asking for the add-on state of sharded heads ends in; the whole state, before and after sharding."""
+    model, _ = build(heads=True)
+    before = model.addon_state_dict()
+    shard(model, "whole")
+    messages = []
+    for ask in (
+        model.addon_state_dict,
+        lambda: save_addon(model, Path(folder) / f"{rank}.safetensors"),
+        lambda: save_addon(model, Path(folder) / f"{rank}.pt"),
+        lambda: model.load_addon_state_dict(before),
+    ):
+        with pytest.raises(UsageError) as caught:
+            ask()
+        messages.append(str(caught.value))
+    model.load_state_dict(model.state_dict())
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return messages, before, dcp_state.get_model_state_dict(model, options=options)
+
+
+def test_the_add_on_state_of_sharded_heads_is_refused_and_that_of_the_whole_model_is_not(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    (messages, before, full), (others, _, _) = ranks(addon_of_shards, str(tmp_path))
+    assert len(messages) == len(others) == 4
+    for message in messages + others:
+        assert "torch.distributed.checkpoint" in message
+    assert not list(tmp_path.iterdir())
+    model, _ = build(heads=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(full)
+    heads = model.addon_state_dict()["heads"]
+    assert heads
+    assert all(torch.equal(heads[name], value) for name, value in before["heads"].items())
 
 
 class OverRanks(nn.SyncBatchNorm):
