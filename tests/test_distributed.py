@@ -21,7 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from models import NAMES, DeepNet, MeanNet, batch, spec_of
-from passion_plugin import Passion, PassionConfig, PassionError, PassionWrapper, PreferenceEstimator, save_addon
+from passion_plugin import (
+    Passion,
+    PassionConfig,
+    PassionError,
+    PassionWrapper,
+    PreferenceEstimator,
+    load_addon,
+    save_addon,
+)
 from passion_plugin.errors import BackboneError, ConfigError, UsageError
 from passion_plugin.parallel import is_sharded
 from passion_plugin.strategies import AGM, OGMGE, RedCore
@@ -452,6 +460,22 @@ def test_the_add_on_state_of_sharded_heads_is_refused_and_that_of_the_whole_mode
     heads = model.addon_state_dict()["heads"]
     assert heads
     assert all(torch.equal(heads[name], value) for name, value in before["heads"].items())
+
+
+def addon_beside_shards(rank: int, folder: str) -> tuple[Tensor, Tensor]:
+    (model, _), (other, _) = build(), build()
+    for one in (model, other):
+        shard(one, "parts")
+    beta = steps(model, torch.optim.SGD(model.parameters(), lr=0.1), rank, 2)
+    save_addon(model, Path(folder) / f"{rank}.pt")
+    load_addon(other, Path(folder) / f"{rank}.pt")
+    return beta, other.preference.beta
+
+
+def test_the_add_on_state_without_heads_is_whole_beside_shards(ranks: Ranks, tmp_path: Path) -> None:
+    for beta, loaded in ranks(addon_beside_shards, str(tmp_path)):
+        assert bool((beta != 1).any())
+        assert torch.equal(loaded, beta)
 
 
 class OverRanks(nn.SyncBatchNorm):
