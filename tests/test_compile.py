@@ -246,6 +246,36 @@ def test_every_rule_gives_the_loss_and_gradients_of_eager(rule: str, when: str) 
         torch.testing.assert_close(found[1][1][name], gradient)
 
 
+def inductor_network(net: Any) -> PassionWrapper:
+    return wrap(torch.compile(net))
+
+
+def inductor_parts(net: Any) -> PassionWrapper:
+    for part in (*net.encoders.values(), net.decoder):
+        part.compile()
+    return wrap(net)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiling", [inductor_network, inductor_parts])
+def test_generated_code_gives_the_loss_and_gradients_of_eager_on_a_gpu(compiling: Callable[[Any], Any]) -> None:
+    pytest.importorskip("triton")
+    net = Net(THREE).cuda()
+    plain = copy.deepcopy(net)
+    x, mask, y = (part.cuda() for part in batch(MIXED, side=8))
+    found = []
+    # TensorFloat32 keeps three digits.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for module, model in ((plain, wrap(plain)), (net, compiling(net))):
+            for _ in range(2):
+                prediction, loss = model(x, mask, passion_target=y)
+                (F.cross_entropy(prediction, y) + loss).backward()
+                beta = model.end_epoch().beta
+            found.append((loss.detach(), beta, copies_gradients(module)))
+    assert bool((found[0][1] != 1).any())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def table() -> list[list[str]]:
     lines = [line.strip("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.split("|")] for line in lines[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import subprocess
@@ -505,6 +506,29 @@ def test_synchronised_normalisation_does_not_hang(ranks: Ranks, presence: str) -
     assert torch.equal(first["beta"], second["beta"])
     for result in (first, second):
         assert any(bool(gradient.any()) for gradient in result["gradients"][-1].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="torch was built without NCCL")
+def test_sync_batch_norm_with_one_nccl_rank_gives_what_batch_norm_gives(tmp_path: Path) -> None:
+    plain = MeanNet(M, norm="batch").to("cuda", torch.float64)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x, mask, target = (part.cuda() for part in batch(PRESENCE["mixed"], dtype=torch.float64))
+
+    def gradients(net: Any, distribute: Any) -> tuple[dict[str, Tensor], Tensor]:
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net))
+        loss_of(distribute(model), model.passion, "one call", x, mask, target).backward()
+        return {name: whole(p.grad) for name, p in net.named_parameters()}, model.end_epoch().beta
+
+    wanted = gradients(plain, lambda model: model)
+    store = (tmp_path / "store").as_uri()
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
+    try:
+        found = gradients(synchronised, lambda model: DistributedDataParallel(model, device_ids=[0]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 # --- Gradient accumulation and activation checkpointing
