@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread: shapes are tiny, results repeat bit for bit, and xdist workers do not fight for cores."""
     torch.set_num_threads(1)
     os.environ.setdefault("MPLBACKEND", "Agg")
+    # Read when cuBLAS starts, which PyTorch demands of deterministic algorithms on a GPU.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Read when a kernel is defined. Without a GPU the kernels are tested in Triton's interpreter.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")

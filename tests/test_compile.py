@@ -20,16 +20,55 @@ MIXED = [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
 PAGE = Path(__file__).parent.parent / "docs" / "compile.md"
 
 
+class Part(nn.Module):
+    """With a forward of its own: PyTorch skips that of ``nn.Sequential`` where it is compiled in place."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module inside."""
+        result: Tensor = self.inside(x)
+        return result
+
+
+class Net(MeanNet):
+    """Its encoders and its decoder can be compiled in place."""
+
+    def __init__(self, modalities: Any) -> None:
+        super().__init__(modalities)
+        self.encoders = nn.ModuleDict({name: Part(encoder) for name, encoder in self.encoders.items()})
+        self.decoder = Part(self.decoder)
+
+
+# Of the encoders, the decoder and the classifier.
+CONVOLUTIONS = 5
+# Convolutions of each run of a graph.
+IN_GRAPHS: list[int] = []
+
+
+def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+    """The backend: traced and guarded as always, but run by the interpreter, so that no C++ compiler is needed."""
+    convolutions = sum("conv2d" in str(node.target) for node in graph.graph.nodes)
+
+    def run(*args: Any) -> Any:
+        IN_GRAPHS.append(convolutions)
+        return graph.forward(*args)
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_code() -> Iterator[None]:
+    IN_GRAPHS.clear()
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def compiled(module: nn.Module) -> Any:
-    """Traced and guarded as always, but run by the interpreter: no C++ compiler is needed."""
-    return torch.compile(module, backend="eager")
+    return torch.compile(module, backend=counting)
 
 
 def wrap(net: Any, **config: Any) -> PassionWrapper:
@@ -60,6 +99,20 @@ class Attached:
         return self
 
 
+class TwoCalls:
+    """A wrapper, or one that was compiled, used with the second call for the loss."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, passion_target: Tensor | None = None) -> Any:
+        prediction = self.model(*args)
+        return prediction if passion_target is None else (prediction, self.model.passion_loss(passion_target))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
 def attach(net: Any, **config: Any) -> Passion:
     return Passion.attach(net, modalities=THREE, missing_rates=(0.2, 0.4, 0.6), config=PassionConfig(eta=5.0, **config))
 
@@ -70,34 +123,37 @@ def attach_and_compile(net: Any, **config: Any) -> Any:
 
 
 def compile_and_attach(net: Any, **config: Any) -> Any:
-    net.compile(backend="eager")
+    net.compile(backend=counting)
     return Attached(net, net, attach(net, **config))
 
 
 def compile_encoders(net: Any, **config: Any) -> Any:
     for encoder in net.encoders.values():
-        encoder.compile(backend="eager")
+        encoder.compile(backend=counting)
     return wrap(net, **config)
 
 
-def compile_classifier(net: Any, **config: Any) -> Any:
-    net.classifier.compile(backend="eager")
+def compile_decoder(net: Any, **config: Any) -> Any:
+    net.decoder.compile(backend=counting)
     return wrap(net, **config)
 
 
 def compile_backbone_in_place(net: Any, **config: Any) -> Any:
-    net.compile(backend="eager")
+    net.compile(backend=counting)
     return wrap(net, **config)
 
 
 ROWS: dict[str, Callable[..., Any]] = {
     "`torch.compile(PassionWrapper(net, ...))`": lambda net, **config: compiled(wrap(net, **config)),
+    "the same, then `model(x, mask)` and `model.passion_loss(target)`": lambda net, **config: TwoCalls(
+        compiled(wrap(net, **config))
+    ),
     "`PassionWrapper(torch.compile(net), ...)`": lambda net, **config: wrap(compiled(net), **config),
     "`net.compile()`, then wrap": compile_backbone_in_place,
     "`Passion.attach(net, ...)`, then `torch.compile(net)`": attach_and_compile,
     "`net.compile()`, then `Passion.attach(net, ...)`": compile_and_attach,
     "`encoder.compile()` for every encoder, then wrap": compile_encoders,
-    "`decoder.compile()`, or another part, then wrap": compile_classifier,
+    "`decoder.compile()`, or another part, then wrap": compile_decoder,
 }
 
 
@@ -122,7 +178,7 @@ def two_epochs(model: Any, autocast: bool = False) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("modulation", ["distillation", "encoder"])
 @pytest.mark.parametrize("row", ROWS)
 def test_compiled_gives_the_loss_and_gradients_of_eager_with_beta_acting(row: str, modulation: Any) -> None:
-    net = MeanNet(THREE)
+    net = Net(THREE)
     plain = copy.deepcopy(net)
     wanted, beta = two_epochs(wrap(plain, modulation=modulation))
     assert not torch.allclose(beta, torch.ones_like(beta), atol=0.1)
@@ -140,7 +196,7 @@ def test_compiled_gives_the_loss_and_gradients_of_eager_with_beta_acting(row: st
 
 @pytest.mark.parametrize("row", ROWS)
 def test_compiled_works_under_autocast(row: str) -> None:
-    net = MeanNet(THREE)
+    net = Net(THREE)
     wanted, _ = two_epochs(wrap(copy.deepcopy(net)), autocast=True)
     found, _ = two_epochs(ROWS[row](net), autocast=True)
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-2)
@@ -148,7 +204,7 @@ def test_compiled_works_under_autocast(row: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_gradients_of_two_compiled_steps_add_up(row: str) -> None:
-    net = MeanNet(THREE)
+    net = Net(THREE)
     plain = copy.deepcopy(net)
     for model in (wrap(plain), ROWS[row](net)):
         for shown in (MIXED, MIXED[::-1]):
@@ -162,7 +218,7 @@ def test_gradients_of_two_compiled_steps_add_up(row: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_compiled_evaluates_like_the_bare_network(row: str) -> None:
-    net = MeanNet(THREE)
+    net = Net(THREE)
     x, mask, _ = batch(MIXED, side=8)
     bare = copy.deepcopy(net).eval()
     model = ROWS[row](net)
@@ -173,7 +229,7 @@ def test_compiled_evaluates_like_the_bare_network(row: str) -> None:
 @pytest.mark.parametrize("rule", ["passion-official", "ogm-ge", "agm", "pmr", "redcore"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_every_rule_gives_the_loss_and_gradients_of_eager(rule: str, when: str) -> None:
-    net = MeanNet(THREE)
+    net = Net(THREE)
     plain = copy.deepcopy(net)
     x, mask, y = batch(MIXED, side=8)
     found = []
@@ -190,6 +246,99 @@ def test_every_rule_gives_the_loss_and_gradients_of_eager(rule: str, when: str) 
         torch.testing.assert_close(found[1][1][name], gradient)
 
 
+def inductor_network(net: Any) -> PassionWrapper:
+    return wrap(torch.compile(net))
+
+
+def inductor_parts(net: Any) -> PassionWrapper:
+    for part in (*net.encoders.values(), net.decoder):
+        part.compile()
+    return wrap(net)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiling", [inductor_network, inductor_parts])
+def test_generated_code_gives_the_loss_and_gradients_of_eager_on_a_gpu(compiling: Callable[[Any], Any]) -> None:
+    pytest.importorskip("triton")
+    net = Net(THREE).cuda()
+    plain = copy.deepcopy(net)
+    x, mask, y = (part.cuda() for part in batch(MIXED, side=8))
+    found = []
+    # TensorFloat32 keeps three digits.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for module, model in ((plain, wrap(plain)), (net, compiling(net))):
+            for _ in range(2):
+                prediction, loss = model(x, mask, passion_target=y)
+                (F.cross_entropy(prediction, y) + loss).backward()
+                beta = model.end_epoch().beta
+            found.append((loss.detach(), beta, copies_gradients(module)))
+    assert bool((found[0][1] != 1).any())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def table() -> list[list[str]]:
+    lines = [line.strip("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines[1:]]
+
+
 def test_the_page_lists_what_is_tested() -> None:
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    assert [line.split("|")[1].strip() for line in lines] == list(ROWS)
+    assert [cells[0] for cells in table()] == list(ROWS)
+
+
+def in_graphs(model: Any, target: Tensor | None = None) -> int:
+    """How many convolutions of a call run in graphs."""
+    x, mask, _ = batch(MIXED, side=8)
+    IN_GRAPHS.clear()
+    model(x, mask) if target is None else model(x, mask, passion_target=target)
+    return sum(IN_GRAPHS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_page_says_what_runs_compiled(row: str) -> None:
+    _, training, evaluation = next(cells for cells in table() if cells[0] == row)
+    _, _, y = batch(MIXED, side=8)
+    bare = in_graphs(ROWS[row](Net(THREE)).eval())
+    # More steps, and a second model, than the compiler compiles a function anew.
+    steps = {in_graphs(model, y) for model in (ROWS[row](Net(THREE)), ROWS[row](Net(THREE))) for _ in range(10)}
+    everything, in_students = CONVOLUTIONS, len(THREE) * 2
+    if training == "correct, runs eagerly":
+        assert steps == {0}
+        assert (evaluation, bare) == ("compiled", everything)
+    elif training == "correct, compiled in pieces":
+        assert steps == {everything + in_students}
+        assert (evaluation, bare) == ("compiled", everything)
+    elif training == "correct, compiled":
+        assert steps == {len(THREE)}
+        assert (evaluation, bare) == ("compiled in parts", len(THREE))
+    else:
+        assert training == "correct, compiled in the fused pass and in students"
+        assert steps == {1 + len(THREE)}
+        assert (evaluation, bare) == ("compiled in parts", 1)
+
+
+@pytest.mark.parametrize("row", ["`PassionWrapper(torch.compile(net), ...)`", "`net.compile()`, then wrap"])
+def test_evaluation_is_still_compiled_after_a_long_training(row: str) -> None:
+    _, _, y = batch(MIXED, side=8)
+    model = ROWS[row](Net(THREE))
+    for _ in range(10):
+        in_graphs(model, y)
+    assert in_graphs(model.eval()) == CONVOLUTIONS
+
+
+def test_one_graph_of_the_whole_network_is_too_much_to_ask() -> None:
+    x, mask, y = batch(MIXED, side=8)
+    model = wrap(torch.compile(Net(THREE), backend=counting, fullgraph=True))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(x, mask, passion_target=y)
+
+
+def test_a_module_of_torch_itself_is_not_compiled_in_place() -> None:
+    # What the page warns of. Should it fail, PyTorch has learnt it.
+    inside = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh())
+    inside.compile(backend=counting)
+    inside(torch.rand(1, 3, 4, 4))
+    assert IN_GRAPHS == []
+    part = Part(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh()))
+    part.compile(backend=counting)
+    part(torch.rand(1, 3, 4, 4))
+    assert IN_GRAPHS == [1]

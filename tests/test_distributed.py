@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import re
 import subprocess
 import sys
@@ -12,14 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from models import NAMES, DeepNet, MeanNet, batch, spec_of
-from passion_plugin import Passion, PassionConfig, PassionError, PassionWrapper, PreferenceEstimator
+from passion_plugin import (
+    Passion,
+    PassionConfig,
+    PassionError,
+    PassionWrapper,
+    PreferenceEstimator,
+    load_addon,
+    save_addon,
+)
 from passion_plugin.errors import BackboneError, ConfigError, UsageError
+from passion_plugin.parallel import is_sharded
 from passion_plugin.strategies import AGM, OGMGE, RedCore
 from ranks import Ranks
 
@@ -80,7 +93,10 @@ class ReentrantDecoder(CheckpointedDecoder):
 
 def shard(model: Any, where: str) -> None:
     """``fully_shard`` every part on its own, or the whole in one."""
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # PyTorch 2.5
+        from torch.distributed._composable.fsdp import fully_shard
 
     net = model.backbone if isinstance(model, PassionWrapper) else model
     for part in (*net.encoders.values(), net.decoder) if where == "parts" else ():
@@ -333,6 +349,136 @@ def test_heads_in_a_wrapper_that_is_one_shard(ranks: Ranks) -> None:
     assert_as_one_process(ranks(trained, presence, fsdp="whole", heads=True), trained(None, presence, heads=True))
 
 
+def found_sharded(rank: int, hidden: str) -> list[bool]:
+    """Whether a network is, before and after, where the public module lacks the name or was never imported."""
+    model, _ = build()
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if hidden == "module":
+            patch.delitem(sys.modules, "torch.distributed.fsdp", raising=False)
+            patch.delitem(sys.modules, "torch.distributed._composable.fsdp", raising=False)
+        found.append(is_sharded(model))
+        assert hidden != "module" or "torch.distributed.fsdp" not in sys.modules
+    shard(model, "whole")
+    importlib.import_module("torch.distributed._composable.fsdp")  # where the name is in PyTorch 2.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hidden == "name":
+            patch.delattr("torch.distributed.fsdp.FSDPModule", raising=False)
+        found.append(is_sharded(model))
+    return found
+
+
+@pytest.mark.parametrize("hidden", ["", "name", "module"])
+def test_shards_are_found_where_this_version_of_torch_has_them(ranks: Ranks, hidden: str) -> None:
+    assert ranks(found_sharded, hidden) == [[False, True]] * 2
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, rank: int, number: int) -> Tensor:
+    """Train on the own half of a batch, and return beta at the end of the epoch."""
+    rows = slice(2 * rank, 2 * rank + 2)
+    x, mask, target = (part[rows] for part in batch(PRESENCE["mixed"], dtype=torch.float64))
+    for _ in range(number):
+        optimizer.zero_grad()
+        loss_of(model, model.passion, "one call", x, mask, target).backward()
+        optimizer.step()
+    return model.end_epoch().beta
+
+
+def saved_and_loaded(rank: int, folder: str, where: str, **options: Any) -> list[dict[str, Tensor]]:
+    """What a sharded training arrives at, by itself and through a checkpoint, and where the second one started."""
+
+    def fresh() -> tuple[Any, torch.optim.Optimizer]:
+        model, _ = build(**options)
+        shard(model, where)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+
+    def everything(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        network, state = dcp_state.get_state_dict(model, optimizer)
+        return {"model": network, "optimizer": state}
+
+    def reached(model: Any) -> dict[str, Tensor]:
+        return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+    (model, optimizer), (other, its_optimizer) = fresh(), fresh()
+    started = reached(other)
+    steps(model, optimizer, rank, 2)
+    dcp.save(everything(model, optimizer), checkpoint_id=folder)
+    state = everything(other, its_optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    dcp_state.set_state_dict(other, its_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    betas = [steps(one, its, rank, 2) for one, its in ((model, optimizer), (other, its_optimizer))]
+    return [{**reached(model), "beta": betas[0]}, {**reached(other), "beta": betas[1]}, started]
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [("parts", {}), ("whole", {}), ("whole", {"heads": True}), ("parts", {"strategy": "redcore"})],
+    ids=["parts", "whole", "heads", "redcore"],
+)
+def test_a_sharded_training_goes_on_from_a_distributed_checkpoint(
+    ranks: Ranks, where: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for unbroken, resumed, started in ranks(saved_and_loaded, str(tmp_path / "checkpoint"), where, **options):
+        assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+        assert bool((resumed["beta"] != 1).any())
+        assert not any(torch.equal(resumed[name], value) for name, value in started.items())
+
+
+def addon_of_shards(rank: int, folder: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """What asking for the add-on state of sharded heads ends in; the whole state, before and after sharding."""
+    model, _ = build(heads=True)
+    before = model.addon_state_dict()
+    shard(model, "whole")
+    messages = []
+    for ask in (
+        model.addon_state_dict,
+        lambda: save_addon(model, Path(folder) / f"{rank}.safetensors"),
+        lambda: save_addon(model, Path(folder) / f"{rank}.pt"),
+        lambda: model.load_addon_state_dict(before),
+    ):
+        with pytest.raises(UsageError) as caught:
+            ask()
+        messages.append(str(caught.value))
+    model.load_state_dict(model.state_dict())
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return messages, before, dcp_state.get_model_state_dict(model, options=options)
+
+
+def test_the_add_on_state_of_sharded_heads_is_refused_and_that_of_the_whole_model_is_not(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    (messages, before, full), (others, _, _) = ranks(addon_of_shards, str(tmp_path))
+    assert len(messages) == len(others) == 4
+    for message in messages + others:
+        assert "torch.distributed.checkpoint" in message
+    assert not list(tmp_path.iterdir())
+    model, _ = build(heads=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(full)
+    heads = model.addon_state_dict()["heads"]
+    assert heads
+    assert all(torch.equal(heads[name], value) for name, value in before["heads"].items())
+
+
+def addon_beside_shards(rank: int, folder: str) -> tuple[Tensor, Tensor]:
+    (model, _), (other, _) = build(), build()
+    for one in (model, other):
+        shard(one, "parts")
+    beta = steps(model, torch.optim.SGD(model.parameters(), lr=0.1), rank, 2)
+    save_addon(model, Path(folder) / f"{rank}.pt")
+    load_addon(other, Path(folder) / f"{rank}.pt")
+    return beta, other.preference.beta
+
+
+def test_the_add_on_state_without_heads_is_whole_beside_shards(ranks: Ranks, tmp_path: Path) -> None:
+    for beta, loaded in ranks(addon_beside_shards, str(tmp_path)):
+        assert bool((beta != 1).any())
+        assert torch.equal(loaded, beta)
+
+
 class OverRanks(nn.SyncBatchNorm):
     """Centres over all ranks: what SyncBatchNorm does to the order of collective calls, which runs on GPUs only."""
 
@@ -360,6 +506,29 @@ def test_synchronised_normalisation_does_not_hang(ranks: Ranks, presence: str) -
     assert torch.equal(first["beta"], second["beta"])
     for result in (first, second):
         assert any(bool(gradient.any()) for gradient in result["gradients"][-1].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="torch was built without NCCL")
+def test_sync_batch_norm_with_one_nccl_rank_gives_what_batch_norm_gives(tmp_path: Path) -> None:
+    plain = MeanNet(M, norm="batch").to("cuda", torch.float64)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x, mask, target = (part.cuda() for part in batch(PRESENCE["mixed"], dtype=torch.float64))
+
+    def gradients(net: Any, distribute: Any) -> tuple[dict[str, Tensor], Tensor]:
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net))
+        loss_of(distribute(model), model.passion, "one call", x, mask, target).backward()
+        return {name: whole(p.grad) for name, p in net.named_parameters()}, model.end_epoch().beta
+
+    wanted = gradients(plain, lambda model: model)
+    store = (tmp_path / "store").as_uri()
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
+    try:
+        found = gradients(synchronised, lambda model: DistributedDataParallel(model, device_ids=[0]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 # --- Gradient accumulation and activation checkpointing

@@ -19,6 +19,12 @@ MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
 TOGETHER = [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
 RATES = (0.2, 0.5, 0.75)
 RULES = ("passion", "passion-official", "ogm-ge", "agm", "pmr", "redcore")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def batch_on(device: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, mask, y = batch(*args, **kwargs)
+    return x.to(device), mask.to(device), y.to(device)
 
 
 def wrap(net: MeanNet, detected: bool = False, **config: Any) -> PassionWrapper:
@@ -157,15 +163,16 @@ def ruled(net: MeanNet, rule: str) -> PassionWrapper:
 class Scaled:
     """A training in float16 with a gradient scaler, one batch at a time."""
 
-    def __init__(self, net: MeanNet, rule: str = "passion", *, init_scale: float = 2.0**8) -> None:
-        self.model = ruled(net, rule)
+    def __init__(self, net: MeanNet, rule: str = "passion", device: str = "cpu", *, init_scale: float = 2.0**8) -> None:
+        self.device = device
+        self.model = ruled(net.to(device), rule)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        self.scaler = torch.amp.GradScaler(device, init_scale=init_scale)
 
     def step(self, seed: int, *, brightness: float = 1.0) -> tuple[Tensor, bool]:
         """Return the loss of ours, and whether the scaler left the step out."""
-        x, mask, y = batch(TOGETHER, seed=seed)
-        with torch.autocast("cpu", torch.float16):
+        x, mask, y = batch_on(self.device, TOGETHER, seed=seed)
+        with torch.autocast(self.device, torch.float16):
             prediction = self.model(x * brightness, mask)
             loss = self.model.passion_loss(y)
             total = F.cross_entropy(prediction.float(), y) + loss
@@ -177,10 +184,19 @@ class Scaled:
         return loss.detach(), self.scaler.get_scale() < before
 
 
+@pytest.fixture
+def _repeatable() -> Iterator[None]:
+    """Convolutions on a GPU that give the same bits twice."""
+    with torch.backends.cudnn.flags(deterministic=True):
+        yield
+
+
+@pytest.mark.usefixtures("_repeatable")
+@on_each_device
 @pytest.mark.parametrize("rule", ["passion", "passion-official", "agm", "pmr", "redcore"])
-def test_a_batch_that_overflows_in_float16_is_as_if_it_had_not_been(rule: str) -> None:
+def test_a_batch_that_overflows_in_float16_is_as_if_it_had_not_been(rule: str, device: str) -> None:
     net = MeanNet(M)
-    with_overflow, without = Scaled(net, rule), Scaled(copy.deepcopy(net), rule)
+    with_overflow, without = Scaled(net, rule, device), Scaled(copy.deepcopy(net), rule, device)
     for seed in range(4):
         assert not with_overflow.step(seed)[1]
         assert not without.step(seed)[1]
@@ -208,16 +224,18 @@ def test_noise_and_factors_survive_an_overflow_in_float16() -> None:
         assert run.model.end_epoch().beta.isfinite().all()
 
 
-def test_when_only_gradients_overflow_the_weights_rest_and_the_distances_count() -> None:
-    net = MeanNet(M)
+@pytest.mark.usefixtures("_repeatable")
+@on_each_device
+def test_when_only_gradients_overflow_the_weights_rest_and_the_distances_count(device: str) -> None:
+    net = MeanNet(M).to(device)
     before = copy.deepcopy(net.state_dict())
-    run, plain = Scaled(net, init_scale=2.0**120), ruled(copy.deepcopy(net), "passion")
+    plain, run = ruled(copy.deepcopy(net), "passion"), Scaled(net, device=device, init_scale=2.0**120)
     loss, skipped = run.step(0)
     assert skipped
     assert loss.isfinite()
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
-    x, mask, y = batch(TOGETHER)
-    with torch.autocast("cpu", torch.float16):
+    x, mask, y = batch_on(device, TOGETHER)
+    with torch.autocast(device, torch.float16):
         wanted = plain(x, mask, passion_target=y)[1]
     assert torch.equal(loss, wanted)
     # The forward was sound, and so is what it measured.
@@ -286,17 +304,40 @@ def test_deterministic_algorithms_give_the_same_bits_twice(rule: str, ndim: int)
     assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
 
 
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_deterministic_algorithms_give_the_same_bits_twice_on_a_gpu(rule: str, ndim: int) -> None:
+    # No pooling of volumes and no cross-entropy of pixels: PyTorch has no deterministic ones on CUDA.
+    net = MeanNet(M, ndim=ndim, norm="batch", dropout=0.25).cuda()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = ruled(copy.deepcopy(net), rule)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for seed in range(3):
+            x, mask, y = batch_on("cuda", MIXED, ndim=ndim, seed=seed)
+            prediction, loss = model(x, mask, passion_target=y)
+            (prediction.square().mean() + loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([*model.backbone.state_dict().values(), model.end_epoch().beta])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+@on_each_device
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("ndim", "layout"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
 def test_channels_last_gives_the_losses_and_gradients_of_contiguous(
-    rule: str, ndim: int, layout: torch.memory_format
+    rule: str, ndim: int, layout: torch.memory_format, device: str
 ) -> None:
-    net = DeepNet(M, ndim=ndim).double()
+    net = DeepNet(M, ndim=ndim).to(device, torch.float64)
     found = []
     for memory_format in (torch.contiguous_format, layout):
         torch.manual_seed(0)
         copied = copy.deepcopy(net).to(memory_format=memory_format)
-        x, mask, y = batch(MIXED, ndim=ndim, dtype=torch.float64)
+        x, mask, y = batch_on(device, MIXED, ndim=ndim, dtype=torch.float64)
         x = x.contiguous(memory_format=memory_format)
         prediction, loss = ruled(copied, rule)(x, mask, passion_target=y)
         (prediction[0].square().mean() + loss).backward()

@@ -29,7 +29,7 @@ def save_addon(model: PassionWrapper | Passion, path: str | os.PathLike[str]) ->
         path: ends in ``.safetensors`` for that format (extra ``safetensors``), in anything else for ``torch.save``.
 
     Raises:
-        UsageError: ``model`` is neither.
+        UsageError: ``model`` is neither, or its heads are sharded.
         ConfigError: a rule of your own keeps something that safetensors cannot hold.
         ImportError: safetensors is not installed.
     """
@@ -52,7 +52,7 @@ def load_addon(model: PassionWrapper | Passion, path: str | os.PathLike[str]) ->
         path: of the file, with the ending it was saved under.
 
     Raises:
-        UsageError: ``model`` is neither.
+        UsageError: ``model`` is neither, or its heads are sharded.
         ConfigError: listing why the file cannot be read or its content does not fit.
         OSError: there is no such file, or it may not be read.
         ImportError: safetensors is not installed.

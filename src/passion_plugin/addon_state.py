@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.errors import ConfigError, UsageError, raise_problems
 from passion_plugin.state_checks import cpu_copies, entry_problems, key_problems, listed, shown
 from passion_plugin.strategies.base import Strategy
 
-__all__ = ["addon_state", "addon_state_problems", "beside_modules", "load_addon_state", "with_modules"]
+__all__ = ["addon_state", "addon_state_problems", "beside_modules", "load_addon_state", "load_beside_modules"]
 
 # 2 added the settings. To be raised whenever an entry or a setting is added, so that older releases say what to do.
 _FORMAT = 2
@@ -32,9 +32,11 @@ def addon_state(modalities: Sequence[str], heads: nn.ModuleList, strategy: Strat
 
     Returns:
         Copies on the CPU, which training does not change any more.
+
+    Raises:
+        UsageError: the heads are sharded.
     """
-    names = {"format": _FORMAT, "modalities": list(modalities), "settings": strategy.settings()}
-    return {**names, **strategy.addon_entries(), "heads": cpu_copies(dict(heads.state_dict()))}
+    return {**_without_heads(modalities, strategy), "heads": cpu_copies(_whole(heads))}
 
 
 def addon_state_problems(state: Any, modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> list[str]:
@@ -63,7 +65,7 @@ def addon_state_problems(state: Any, modalities: Sequence[str], heads: nn.Module
     if not same_rule:
         problems.append(f"it was saved with strategy {shown(rule)}, this model has {strategy.name!r}")
     else:
-        wrong_entries = _entry_problems(state, addon_state(modalities, heads, strategy))
+        wrong_entries = _entry_problems(state, [*_without_heads(modalities, strategy), "heads"])
         problems += wrong_entries
         if version != _WITHOUT_SETTINGS and "settings" in state:
             problems += _settings_problems(state["settings"], strategy.settings())
@@ -86,24 +88,27 @@ def load_addon_state(
 
     Raises:
         ConfigError: listing why it does not fit; nothing has been changed.
+        UsageError: the heads are sharded.
     """
+    _whole(heads)
     raise_problems(addon_state_problems(state, modalities, heads, strategy), what="add-on state")
     strategy.load_addon_entries(state)
     heads.load_state_dict(state["heads"])
 
 
-def beside_modules(state: Mapping[str, Any]) -> dict[str, Any]:
+def beside_modules(modalities: Sequence[str], strategy: Strategy) -> dict[str, Any]:
     """Return what the ``state_dict()`` of a wrapper has to hold beside its modules.
 
     Args:
-        state: what :func:`addon_state` returned.
+        modalities: M names, in mask-column order.
+        strategy: prepared for these modalities.
 
     Returns:
-        All of it but the modules. What a rule other than PASSION keeps is packed as bytes: a distributed checkpoint
-        takes mappings apart and restores only what the model it is loaded into has already, but a rule may fill a
-        mapping in its first step.
+        The add-on state without the modules. What a rule other than PASSION keeps is packed as bytes: a distributed
+        checkpoint takes mappings apart and restores only what the model it is loaded into has already, but a rule may
+        fill a mapping in its first step.
     """
-    rest = {key: value for key, value in state.items() if key not in _MODULES}
+    rest = {key: value for key, value in _without_heads(modalities, strategy).items() if key not in _MODULES}
     if "strategy_state" in rest:
         buffer = io.BytesIO()
         torch.save(rest["strategy_state"], buffer)
@@ -111,19 +116,44 @@ def beside_modules(state: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def with_modules(rest: Any, own: Mapping[str, Any]) -> Any:
-    """Return an add-on state of what :func:`beside_modules` returned, unchecked, with the modules as they are.
+def load_beside_modules(rest: Any, modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> None:
+    """Restore what :func:`beside_modules` returned, all of it or nothing; the modules stay as they are.
 
     Args:
         rest: anything.
-        own: the state of the model as it is.
+        modalities: M names, in mask-column order.
+        heads: of this model, whole or sharded.
+        strategy: changed in place.
 
     Raises:
-        ConfigError: the bytes cannot be read.
+        ConfigError: listing why it does not fit; nothing has been changed.
     """
-    if not isinstance(rest, Mapping):
-        return rest
-    state = {**rest, **{key: value for key, value in own.items() if key in _MODULES}}
+    state = rest
+    if isinstance(rest, Mapping):
+        own = {**strategy.addon_entries(), "heads": heads.state_dict()}
+        state = _unpacked({**rest, **{key: value for key, value in own.items() if key in _MODULES}})
+    raise_problems(addon_state_problems(state, modalities, heads, strategy), what="add-on state")
+    strategy.load_addon_entries(state)
+
+
+def _without_heads(modalities: Sequence[str], strategy: Strategy) -> dict[str, Any]:
+    names = {"format": _FORMAT, "modalities": list(modalities), "settings": strategy.settings()}
+    return {**names, **strategy.addon_entries()}
+
+
+def _whole(heads: nn.ModuleList) -> dict[str, Any]:
+    state = dict(heads.state_dict())
+    # Only a DTensor has it, whose class takes a second to import.
+    if any(hasattr(value, "full_tensor") for value in state.values()):
+        raise UsageError(
+            "the heads of this model are sharded, so that each process has only a part of the add-on state: save and "
+            "load the whole model with torch.distributed.checkpoint in every process (docs/checkpoints.md"
+            "#distributed-checkpoints), or load the add-on state before fully_shard(model)"
+        )
+    return state
+
+
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     packed = state.get("strategy_state")
     if isinstance(packed, bytes):
         try:
@@ -134,7 +164,7 @@ def with_modules(rest: Any, own: Mapping[str, Any]) -> Any:
     return state
 
 
-def _entry_problems(state: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def _entry_problems(state: Mapping[str, Any], ours: Sequence[str]) -> list[str]:
     expected, found = list(ours), list(state)
     if state["format"] == _WITHOUT_SETTINGS:
         # Other rules once saved a preference that they did not use.

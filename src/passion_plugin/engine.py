@@ -292,7 +292,7 @@ class Passion:
         return training and not (self._detached or self._disabled or inside) and torch.is_grad_enabled()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that is ours and nothing of the backbone."""
+        """Return everything that is ours and nothing of the backbone; refused where heads are sharded."""
         return addon_state(self.modalities, self.heads, self.strategy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -141,8 +141,8 @@ def refuse_thread(owner: int) -> None:
         )
 
 
+# Not traced, for it changes with every pass, until the compiler gives up; what it calls is. See train_forward.
+@torch._disable_dynamo(recursive=False)  # type: ignore[attr-defined]
 def _answer(owner: int, handler: Handler, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-    # A graph is traced in the thread that owns it; the compiler cannot see threads.
-    if not torch.compiler.is_compiling():
-        refuse_thread(owner)
+    refuse_thread(owner)
     return handler(forward, *args, **kwargs)

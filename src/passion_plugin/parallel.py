@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from passion_plugin.errors import UsageError
 
 __all__ = ["check_heads", "in_lockstep", "is_sharded", "summed"]
+
+# Where FSDPModule is: the second one up to PyTorch 2.5.
+_FULLY_SHARD = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
 
 
 def summed(values: Tensor, what: str) -> Tensor:
@@ -53,10 +57,10 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` (FSDP2) was applied to the module or a part of it."""
     if not _initialized():
         return False
-    # Imported late: it takes a second.
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    # What nobody has imported has sharded nothing, and importing it takes a second.
+    known = (getattr(sys.modules.get(name), "FSDPModule", None) for name in _FULLY_SHARD)
+    classes: tuple[Any, ...] = tuple(found for found in known if found is not None)
+    return any(isinstance(part, classes) for part in module.modules())
 
 
 def in_lockstep(backbone: nn.Module) -> bool:

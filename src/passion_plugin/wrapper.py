@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passion_plugin.addon_state import beside_modules, with_modules
+from passion_plugin.addon_state import beside_modules, load_beside_modules
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.engine import Passion
@@ -168,7 +168,11 @@ class PassionWrapper(nn.Module):
         return self.passion.detach()
 
     def addon_state_dict(self) -> dict[str, Any]:
-        """Return everything that is ours (what the strategy keeps, heads) and nothing of the backbone."""
+        """Return everything that is ours (what the strategy keeps, heads) and nothing of the backbone.
+
+        Raises:
+            UsageError: ``fully_shard`` was applied and there are heads: use ``torch.distributed.checkpoint``.
+        """
         return self.passion.state_dict()
 
     def load_addon_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,7 +181,7 @@ class PassionWrapper(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what ``state_dict()`` holds beside the modules: names, settings and what another strategy keeps."""
-        return beside_modules(self.addon_state_dict())
+        return beside_modules(self.passion.modalities, self.passion.strategy)
 
     def set_extra_state(self, state: Any) -> None:
         """Check and restore what :meth:`get_extra_state` returned; called before anything else is loaded.
@@ -185,7 +189,7 @@ class PassionWrapper(nn.Module):
         Raises:
             ConfigError: it is of another format, modalities, strategy or settings. Nothing was changed.
         """
-        self.load_addon_state_dict(with_modules(state, self.addon_state_dict()))
+        load_beside_modules(state, self.passion.modalities, self.heads, self.passion.strategy)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
