@@ -22,19 +22,23 @@ _WITHOUT_SETTINGS = 1
 _MODULES = ("preference", "heads")
 
 
-def addon_state(modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> dict[str, Any]:
+def addon_state(
+    modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy, *, copy_heads: bool = True
+) -> dict[str, Any]:
     """Return names, settings, heads and what the strategy keeps; readable with ``torch.load(weights_only=True)``.
 
     Args:
         modalities: M names, in mask-column order.
         heads: students of a backbone that cannot let a single modality through; else empty.
         strategy: prepared for these modalities.
+        copy_heads: False where the heads are not looked at: they stay what they are, on their device.
 
     Returns:
         Copies on the CPU, which training does not change any more.
     """
     names = {"format": _FORMAT, "modalities": list(modalities), "settings": strategy.settings()}
-    return {**names, **strategy.addon_entries(), "heads": cpu_copies(dict(heads.state_dict()))}
+    tensors = dict(heads.state_dict())
+    return {**names, **strategy.addon_entries(), "heads": cpu_copies(tensors) if copy_heads else tensors}
 
 
 def addon_state_problems(state: Any, modalities: Sequence[str], heads: nn.ModuleList, strategy: Strategy) -> list[str]:
@@ -63,7 +67,7 @@ def addon_state_problems(state: Any, modalities: Sequence[str], heads: nn.Module
     if not same_rule:
         problems.append(f"it was saved with strategy {shown(rule)}, this model has {strategy.name!r}")
     else:
-        wrong_entries = _entry_problems(state, addon_state(modalities, heads, strategy))
+        wrong_entries = _entry_problems(state, addon_state(modalities, heads, strategy, copy_heads=False))
         problems += wrong_entries
         if version != _WITHOUT_SETTINGS and "settings" in state:
             problems += _settings_problems(state["settings"], strategy.settings())

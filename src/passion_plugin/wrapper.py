@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passion_plugin.addon_state import beside_modules, with_modules
+from passion_plugin.addon_state import addon_state, beside_modules, with_modules
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.engine import Passion
@@ -177,7 +177,7 @@ class PassionWrapper(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what ``state_dict()`` holds beside the modules: names, settings and what another strategy keeps."""
-        return beside_modules(self.addon_state_dict())
+        return beside_modules(self._addon_state())
 
     def set_extra_state(self, state: Any) -> None:
         """Check and restore what :meth:`get_extra_state` returned; called before anything else is loaded.
@@ -185,7 +185,11 @@ class PassionWrapper(nn.Module):
         Raises:
             ConfigError: it is of another format, modalities, strategy or settings. Nothing was changed.
         """
-        self.load_addon_state_dict(with_modules(state, self.addon_state_dict()))
+        self.load_addon_state_dict(with_modules(state, self._addon_state()))
+
+    def _addon_state(self) -> dict[str, Any]:
+        """Return the add-on state with the heads themselves, which are in the ``state_dict()`` as modules."""
+        return addon_state(self.passion.modalities, self.passion.heads, self.passion.strategy, copy_heads=False)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
