@@ -361,7 +361,7 @@ class TestMasks:
     @pytest.mark.parametrize("masked", [True, False])
     def test_nor_may_passion_presence_mix_for_them(self, masked: bool) -> None:
         net: Any = MeanNet(M) if masked else NoMaskNet(M)
-        model = wrap(net, mixed_masks=False)
+        model = wrap(net, mixed_masks=False, **({} if masked else {"mask_argument": None}))
         x, _, y = batch([[1, 1, 1]] * 3)
         alone = torch.tensor([[1, 0, 0]] * 3).bool()
         call = (x, alone) if masked else (x,)

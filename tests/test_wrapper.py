@@ -239,6 +239,20 @@ def test_an_exception_inside_a_student_pass_leaves_the_backbone_as_it_was() -> N
     assert model(x, mask, passion_target=y)[1] > 0
 
 
+def test_whether_passes_are_collective_is_asked_at_the_first_step_only_and_again_of_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr("passion_plugin.step.in_lockstep", lambda net: bool(asked.append(net)))
+    model = wrap(MeanNet(M))
+    x, mask, y = batch(PRESENCE)
+    for _ in range(3):
+        model(x, mask, passion_target=y)
+    other = copy.deepcopy(model)
+    other(x, mask, passion_target=y)
+    assert [id(net) for net in asked] == [id(model.backbone), id(other.backbone)]
+
+
 @pytest.mark.parametrize("how", ["wrapper", "inside", "attached", "single call"])
 def test_the_warning_of_a_dropped_step_is_about_the_line_that_called(how: str) -> None:
     x, mask, y = batch(PRESENCE)

@@ -51,11 +51,11 @@ class undone:  # noqa: N801 - reads as a verb, as contextlib.suppress does
         if self not in _WAITING.undos:
             return
         try:
-            try:
-                self._undo()
-            finally:
-                # A Ctrl-C may have fallen into the first round.
-                self._undo()
+            self._undo()
+        except BaseException:
+            # A Ctrl-C may have fallen into the first round.
+            self._undo()
+            raise
         finally:
             _WAITING.undos.remove(self)
 
