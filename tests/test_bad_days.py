@@ -30,8 +30,10 @@ from passion_plugin import (
     PassionWarning,
     PassionWrapper,
     UsageError,
+    overrides,
 )
 from passion_plugin.losses import prototype_distillation
+from passion_plugin.overrides import one_at_a_time, undone
 from passion_plugin.strategies import AGM
 
 M = NAMES[:3]
@@ -201,6 +203,29 @@ class TestExceptions:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         goes_on(model)
+
+    @pytest.mark.parametrize("interrupted", [False, True])
+    def test_in_putting_something_back_keep_nothing_else_from_it(self, interrupted: bool) -> None:
+        done: list[str] = []
+
+        def stuck() -> None:
+            done.append("inner")
+            raise ArithmeticError("stuck")
+
+        def run() -> None:
+            outer, inner = undone(lambda: done.append("outer")), undone(stuck)
+            if interrupted:  # between the end of a context and its exit
+                outer.__enter__()
+                inner.__enter__()
+                raise KeyboardInterrupt
+            with outer, inner:
+                pass
+
+        turn: dict[str, int] = {}
+        with pytest.raises(ArithmeticError, match="stuck"):
+            one_at_a_time(turn, run, on_error=lambda: done.append("on error"))
+        assert done == ["inner", "inner", "outer", "on error"]
+        assert (turn, overrides._WAITING.undos) == ({}, [])
 
     def test_with_an_attached_engine_too(self) -> None:
         net = TrappedNet()

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,6 +33,7 @@ from passion_plugin import (
     read_addon,
     save_addon,
 )
+from passion_plugin.find import find_engine
 from passion_plugin.strategies import AGM, OGMGE, PMR, RedCore
 
 M = NAMES[:3]
@@ -170,9 +173,50 @@ class TestFiles:
 
     @pytest.mark.parametrize("call", [save_addon, load_addon])
     def test_only_our_models_have_such_a_state(self, call: Any, tmp_path: Path) -> None:
-        for model in (MeanNet(M), torch.nn.Sequential(wrap()), None):
-            with pytest.raises(UsageError, match=rf"not a {type(model).__name__} .*model\.module"):
+        for model in (MeanNet(M), None):
+            with pytest.raises(UsageError, match=f"no PassionWrapper in this {type(model).__name__}"):
                 call(model, tmp_path / "addon.pt")
+        with pytest.raises(UsageError, match="there are 2 engines in this ModuleList: '0', '1'"):
+            call(torch.nn.ModuleList([wrap(), wrap()]), tmp_path / "addon.pt")
+        assert not list(tmp_path.iterdir())
+
+    def test_the_model_may_be_inside_of_what_a_trainer_makes_of_it(self, tmp_path: Path) -> None:
+        class Task(pl.LightningModule):
+            def __init__(self, network: PassionWrapper) -> None:
+                super().__init__()
+                self.network = network
+
+        model = trained()
+        around = [Task, AveragedModel, lambda it: torch.compile(it, backend="eager")]
+        for put in around:
+            other = wrap()
+            save_addon(put(model), tmp_path / "addon.pt")
+            load_addon(inside := put(other), tmp_path / "addon.pt")
+            assert_same(find_engine(inside).state_dict(), model.addon_state_dict())
+
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    @pytest.mark.parametrize("rule", [None, "pmr", "redcore"])
+    def test_numbers_of_numpy_come_back(self, rule: Any, suffix: str, tmp_path: Path) -> None:
+        weight, growth, every = np.float64(0.25), np.float32(1.25), np.int64(7)
+        config: dict[str, Any] = {}
+        strategy: Any = rule
+        if rule is None:
+            config = {"pixel_weight": weight, "eta_growth": growth, "eta_every": every, "warmup_epochs": np.int32(0)}
+        elif rule == "pmr":
+            strategy = [PMR(weight, entropy_weight=growth, entropy_epochs=every) for _ in range(2)]
+        else:
+            strategy = [RedCore(weight, eta_growth=growth, eta_every=every) for _ in range(2)]
+        given = strategy or [None, None]
+        model, other = wrap(given[0], **config), wrap(given[1], **config)
+        train(model)
+        save_addon(model, tmp_path / f"addon.{suffix}")
+        load_addon(other, tmp_path / f"addon.{suffix}")
+        assert_same(other.addon_state_dict(), model.addon_state_dict())
+        kinds = {type(value) for value in other.addon_state_dict()["settings"].values()}
+        assert kinds <= {bool, int, float, str}
+        torch.save(model.state_dict(), tmp_path / "whole.pt")
+        other.load_state_dict(torch.load(tmp_path / "whole.pt", weights_only=True))
+        assert_same(other.state_dict(), model.state_dict())
 
 
 class TestStrangers:
@@ -435,6 +479,14 @@ class TestMisfits:
         model.load_state_dict(torch.load(buffer, weights_only=True))
         assert_same(model.state_dict(), saved.state_dict())
         assert_same(model.addon_state_dict(), saved.addon_state_dict())
+
+    def test_the_whole_state_copies_no_heads_to_the_cpu_beside_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, other = trained(heads=True), wrap(heads=True)
+        copied: list[Any] = []
+        monkeypatch.setattr("passion_plugin.addon_state.cpu_copies", copied.append)
+        other.load_state_dict(model.state_dict())
+        assert copied == []
+        assert_same(dict(other.heads.state_dict()), dict(model.heads.state_dict()))
 
     def test_the_addon_state_is_a_copy_with_heads_too(self) -> None:
         model = trained(heads=True)

@@ -35,6 +35,19 @@ def wrap(net: MeanNet | NoMaskNet | None = None, *, config: PassionConfig | None
     return PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net, **spec), config=config)
 
 
+class Small(MeanNet):
+    """Cannot take a single sample."""
+
+    def __init__(self, names: Any, error: Exception) -> None:
+        super().__init__(names)
+        self.error = [error]  # in a list, so that the same object is raised by a copy that the checks make
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        if len(x) == 1:
+            raise self.error[0]
+        return super().forward(x, mask)
+
+
 class TestPasses:
     @pytest.mark.parametrize("memory", ["default", "low"])
     def test_batch_normalisation_of_one_value_in_a_student_says_which(self, memory: Any) -> None:
@@ -53,17 +66,36 @@ class TestPasses:
         with pytest.raises(BackboneError, match="one sample in which every modality is absent: ValueError"):
             model(x, mask)
 
-    def test_running_out_of_memory_keeps_its_class(self) -> None:
-        class Small(MeanNet):
-            def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
-                if len(x) == 1:
-                    raise torch.OutOfMemoryError("too much")
-                return super().forward(x, mask)
-
-        model = wrap(Small(M))
+    @pytest.mark.parametrize("students", ["replay", "mixed"])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("too much"),
+            MemoryError(),
+            RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."),
+            RuntimeError("CUDA error: device-side assert triggered"),
+        ],
+        ids=["class", "python", "mps", "cpu", "cudnn", "cuda"],
+    )
+    def test_what_the_machine_raises_stays_what_it_is_with_a_note(self, error: Exception, students: Any) -> None:
+        model = wrap(Small(M, error=error), students=students)
+        before = error.args
         x, mask, _ = batch([[1, 1, 0], [0, 0, 1]])
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)) as raised:
             model(x, mask)
+        assert raised.value is error
+        assert error.args == before
+        assert "while the backbone was given" in vars(error).pop("__notes__")[-1]
+
+    @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), OSError("no such file")])
+    def test_what_the_backbone_raises_is_no_matter_of_normalisation(self, error: Exception) -> None:
+        model = wrap(Small(M, error=error))
+        x, mask, _ = batch([[1, 1, 0], [0, 0, 1]])
+        with pytest.raises(BackboneError, match=rf"only flair of 1 sample\(s\): \w+: {error}$") as raised:
+            model(x, mask)
+        assert raised.value.__cause__ is error
 
     def test_softmax_of_one_class_is_refused_by_the_name_of_the_classifier(self) -> None:
         model = wrap(MeanNet(M, classes=1))

@@ -155,6 +155,14 @@ def test_terms_are_logged_at_lightnings_steps_and_weights_at_the_end_of_the_epoc
     assert float(trainer.callback_metrics["p/beta/flair"]) == pytest.approx(by_epoch[-1]["p/beta/flair"])
 
 
+def test_no_steps_are_logged_where_lightning_logs_none() -> None:
+    logger = Rows()
+    fit(Module(), PassionCallback(), epochs=1, logger=logger, log_every_n_steps=0)
+    names = [{name.split("/")[1] for name in row if name.startswith("passion/")} for _, row in logger.rows]
+    assert any("beta" in row for row in names)
+    assert all("epoch_distance" in row for row in names if "pixel" in row)
+
+
 def test_nothing_is_asked_for_between_epochs_without_a_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
     metrics = Passion.metrics

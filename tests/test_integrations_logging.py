@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from models import NAMES, MeanNet, batch, spec_of
 from passion_plugin import ConfigError, InputError, Passion, PassionWrapper, UsageError
-from passion_plugin.integrations.find import find_engine
+from passion_plugin.find import find_engine
 from passion_plugin.integrations.logging import MetricsLogger, log_metrics
 from passion_plugin.integrations.loss import PassionLoss
 from passion_plugin.integrations.tensorboard import TensorBoardLog

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from models import NAMES, MeanNet, batch, spec_of
 from passion_plugin import Passion, PassionWrapper
-from passion_plugin.integrations.find import find_engine
+from passion_plugin.find import find_engine
 
 M = NAMES[:3]
 ITEM = batch([[1, 1, 0], [1, 1, 1]])

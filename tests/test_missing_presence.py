@@ -26,6 +26,17 @@ def small_table() -> PresenceTable:
 # --- the table
 
 
+def test_ids_and_names_may_come_from_iterators() -> None:
+    table = PresenceTable(iter("xy"), iter("ab"), np.ones((2, 2), dtype=np.bool_))  # type: ignore[arg-type]
+    assert (table.sample_ids, table.modalities) == (("x", "y"), ("a", "b"))
+    assert PresenceTable.from_array([[1, 1]] * 2, iter("ab"), (name for name in "xy")) == table  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="more than once"):
+        PresenceTable(iter("xx"), iter("ab"), np.ones((2, 2), dtype=np.bool_))  # type: ignore[arg-type]
+    rates = {"a": 0.2, "b": 0.4}
+    drawn = draw_presence(iter("xyz"), rates, seed=0, modalities=iter("ba"))  # type: ignore[arg-type]
+    assert drawn == draw_presence(list("xyz"), rates, seed=0, modalities=("b", "a"))
+
+
 def test_counts_and_real_missing_rates_by_name() -> None:
     table = small_table()
     assert table.counts == {"a": 2, "b": 2, "c": 3}

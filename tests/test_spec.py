@@ -358,6 +358,18 @@ class TestMasks:
             model(x, mask)
         assert loss_of(model, x[:1], mask[:1], target=y[:1]) > 0
 
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_nor_may_passion_presence_mix_for_them(self, masked: bool) -> None:
+        net: Any = MeanNet(M) if masked else NoMaskNet(M)
+        model = wrap(net, mixed_masks=False, **({} if masked else {"mask_argument": None}))
+        x, _, y = batch([[1, 1, 1]] * 3)
+        alone = torch.tensor([[1, 0, 0]] * 3).bool()
+        call = (x, alone) if masked else (x,)
+        mixed, alike = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 1]]).bool(), torch.tensor([[1, 1, 0]] * 3).bool()
+        with pytest.raises(InputError, match="cannot mix masks in one batch"):
+            model(*call, passion_presence=mixed, passion_target=y)
+        assert model(*call, passion_presence=alike, passion_target=y)[1] > 0
+
     def test_a_checked_mask_is_bool_on_the_cpu_without_gradient(self) -> None:
         mask = torch.tensor([[True, False], [True, True]])
         assert torch.equal(check_mask(mask, 2, ("a", "b"), what="m"), mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
-from passion_plugin import BackboneError, PassionConfig, PassionWarning, PassionWrapper
+from passion_plugin import BackboneError, Passion, PassionConfig, PassionWarning, PassionWrapper
 from passion_plugin.backbone import BackboneSpec
 
 M = NAMES[:3]
@@ -236,6 +237,54 @@ def test_an_exception_inside_a_student_pass_leaves_the_backbone_as_it_was() -> N
         model.passion_loss(y)
     net.decoder[3] = nn.Identity()
     assert model(x, mask, passion_target=y)[1] > 0
+
+
+def test_whether_passes_are_collective_is_asked_at_the_first_step_only_and_again_of_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr("passion_plugin.step.in_lockstep", lambda net: bool(asked.append(net)))
+    model = wrap(MeanNet(M))
+    x, mask, y = batch(PRESENCE)
+    for _ in range(3):
+        model(x, mask, passion_target=y)
+    other = copy.deepcopy(model)
+    other(x, mask, passion_target=y)
+    assert [id(net) for net in asked] == [id(model.backbone), id(other.backbone)]
+
+
+@pytest.mark.parametrize("how", ["wrapper", "inside", "attached", "single call"])
+def test_the_warning_of_a_dropped_step_is_about_the_line_that_called(how: str) -> None:
+    x, mask, y = batch(PRESENCE)
+    calls: list[nn.Module] = []
+    for _ in range(2):
+        net = MeanNet(M)
+        if how == "attached":
+            Passion.attach(net, modalities=M, missing_rates=[0.5] * 3, spec=spec_of(net))
+        calls.append(net if how == "attached" else nn.ModuleList([wrap(net)])[0])
+    extra = {"passion_target": y} if how == "single call" else {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for model in calls * 2:
+            outer: Any = First(model) if how == "inside" else model
+            model(x, mask)
+            outer(x, mask, **extra)
+    ours = [warning for warning in caught if issubclass(warning.category, PassionWarning)]
+    lines = linecache.getlines(__file__)
+    assert [warning.filename for warning in ours] == [__file__] * 2, "one of each engine"
+    expected = "self.inner(*args)" if how == "inside" else "outer(x, mask, **extra)"
+    assert all(expected in lines[warning.lineno - 1] for warning in ours)
+
+
+class First(nn.Module):
+    """A module of the user around a model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
 
 
 def test_attributes_of_the_backbone_are_read_and_set_through_the_wrapper() -> None:

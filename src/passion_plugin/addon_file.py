@@ -10,30 +10,30 @@ from typing import Any
 import torch
 
 from passion_plugin import addon_tensors
-from passion_plugin.engine import Passion
-from passion_plugin.errors import ConfigError, UsageError
-from passion_plugin.wrapper import PassionWrapper
+from passion_plugin.errors import ConfigError
+from passion_plugin.find import find_engine
 
 __all__ = ["load_addon", "read_addon", "save_addon"]
 
 _SUFFIX = ".safetensors"
 
 
-def save_addon(model: PassionWrapper | Passion, path: str | os.PathLike[str]) -> None:
+def save_addon(model: Any, path: str | os.PathLike[str]) -> None:
     """Write the add-on state of a model: everything that is ours and nothing of the backbone.
 
     The file appears complete or not at all: it is written beside ``path`` and renamed.
 
     Args:
-        model: the wrapper, or what :meth:`Passion.attach` returned.
+        model: the wrapper, what :meth:`Passion.attach` returned, or a module around them (DistributedDataParallel, a
+            compiled module, a LightningModule, …); see :func:`~passion_plugin.find.find_engine`.
         path: ends in ``.safetensors`` for that format (extra ``safetensors``), in anything else for ``torch.save``.
 
     Raises:
-        UsageError: ``model`` is neither, or its heads are sharded.
+        UsageError: there is no engine in ``model``, or there are several, or its heads are sharded.
         ConfigError: a rule of your own keeps something that safetensors cannot hold.
         ImportError: safetensors is not installed.
     """
-    state, path = _engine(model).state_dict(), Path(path)
+    state, path = find_engine(model).state_dict(), Path(path)
     write: Callable[[Any, Path], object] = addon_tensors.write if path.suffix == _SUFFIX else torch.save
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,21 +43,20 @@ def save_addon(model: PassionWrapper | Passion, path: str | os.PathLike[str]) ->
         temporary.unlink(missing_ok=True)
 
 
-def load_addon(model: PassionWrapper | Passion, path: str | os.PathLike[str]) -> None:
+def load_addon(model: Any, path: str | os.PathLike[str]) -> None:
     """Restore what :func:`save_addon` wrote; a file that does not fit changes nothing.
 
     Args:
-        model: the wrapper, or what :meth:`Passion.attach` returned; with the modalities, the strategy and the settings
-            of the one that was saved.
+        model: as for :func:`save_addon`; with the modalities, the strategy and the settings of the one that was saved.
         path: of the file, with the ending it was saved under.
 
     Raises:
-        UsageError: ``model`` is neither, or its heads are sharded.
+        UsageError: there is no engine in ``model``, or there are several, or its heads are sharded.
         ConfigError: listing why the file cannot be read or its content does not fit.
         OSError: there is no such file, or it may not be read.
         ImportError: safetensors is not installed.
     """
-    _engine(model).load_state_dict(read_addon(path))
+    find_engine(model).load_state_dict(read_addon(path))
 
 
 def read_addon(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -93,14 +92,3 @@ def read_addon(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not isinstance(state, Mapping):
         raise ConfigError(f"{path} holds a {type(state).__name__}, not an add-on state as save_addon() writes it")
     return state
-
-
-def _engine(model: Any) -> Passion:
-    if isinstance(model, PassionWrapper):
-        return model.passion
-    if isinstance(model, Passion):
-        return model
-    raise UsageError(
-        f"pass the PassionWrapper or what Passion.attach returned, not a {type(model).__name__} (it may be inside: "
-        "model.module of DistributedDataParallel or AveragedModel, model._orig_mod of torch.compile)"
-    )

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError
+from passion_plugin.optional import require
 
 __all__ = ["read", "write"]
 
@@ -87,7 +88,4 @@ def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _require(module: str) -> Any:
-    # The evaluation is nothing that `import passion_plugin` should wait for.
-    from passion_plugin.evaluation._optional import require
-
     return require(module, extra="safetensors", purpose="an add-on state that ends in .safetensors")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
-from passion_plugin.settings import members
+from passion_plugin.plain_values import members
 
 __all__ = ["Preference", "presence_counts_of", "project_beta", "usable_distances"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from passion_plugin.errors import raise_problems
 from passion_plugin.ops._dispatch import Backend
-from passion_plugin.settings import is_number, is_one_of, is_whole
+from passion_plugin.plain_values import is_number, is_one_of, is_whole
 
 __all__ = ["HOW_PASSES_RUN", "Memory", "Mode", "Modulation", "PassionConfig"]
 
@@ -112,10 +112,12 @@ class PassionConfig:
         for name in ("rarity_weights", "gate", "stack_students", "share_random_state"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("temperature", "eta_growth", "beta_min", "beta_max"):
+        positive = ("temperature", "eta_growth", "beta_min", "beta_max")
+        for name in positive:
             if not is_number(getattr(self, name), above=0):
                 problems.append(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
-        for name in ("pixel_weight", "prototype_weight", "unimodal_weight", "eta"):
+        from_zero = ("pixel_weight", "prototype_weight", "unimodal_weight", "eta")
+        for name in from_zero:
             if not is_number(getattr(self, name), least=0):
                 problems.append(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
         for name, least in (("warmup_epochs", 0), ("eta_every", 1)):
@@ -127,6 +129,11 @@ class PassionConfig:
                 f"beta starts at 1, which must lie between beta_min={self.beta_min!r} and beta_max={self.beta_max!r}"
             )
         raise_problems(problems, what="PassionConfig")
+        # NumPy's numbers would end up in checkpoints, which are read without them.
+        for name in (*positive, *from_zero):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("warmup_epochs", "eta_every"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @classmethod
     def official(cls, **overrides: Any) -> PassionConfig:

@@ -25,9 +25,9 @@ from passion_plugin.notices import Notices
 from passion_plugin.objective import LossTerms, differentiable
 from passion_plugin.overrides import one_at_a_time
 from passion_plugin.parallel import check_heads
+from passion_plugin.plain_values import members
 from passion_plugin.preference import Preference, PreferenceEstimator
 from passion_plugin.rarity import Rarity
-from passion_plugin.settings import members
 from passion_plugin.step import TrainingStep
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.registry import resolve

@@ -15,9 +15,9 @@ import torch
 
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults
-from passion_plugin.evaluation._optional import require
 from passion_plugin.evaluation.report import caption, table_lines
 from passion_plugin.logged import EPOCH_QUANTITIES, by_modality, epoch_records
+from passion_plugin.optional import require
 from passion_plugin.plot import plot_distances, plot_preference, plot_subsets
 from passion_plugin.runs import Run, read_run
 

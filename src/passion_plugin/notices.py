@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from pathlib import Path
+
+import torch
 
 from passion_plugin.balance import Preference
 from passion_plugin.errors import PassionWarning
 
 __all__ = ["Notices"]
+
+_OURS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
 
 
 class Notices:
@@ -40,4 +47,14 @@ class Notices:
     def _once(self, key: str, message: str) -> None:
         if key not in self._given:
             self._given.add(key)
-            warnings.warn(message, PassionWarning, stacklevel=5)
+            _warn(message)
+
+
+def _warn(message: str) -> None:
+    """Warn about the line of the user: the first one on the stack that is neither ours nor of torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    file, line, module = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    # Without the registry of that line: its filter would take the warning of another engine for the same one.
+    warnings.warn_explicit(message, PassionWarning, file, line, module)

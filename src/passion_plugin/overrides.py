@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -52,10 +52,12 @@ class undone:  # noqa: N801 - reads as a verb, as contextlib.suppress does
             return
         try:
             self._undo()
-        finally:
+        except BaseException:
             # A Ctrl-C may have fallen into the first round.
             self._undo()
-        _WAITING.undos.remove(self)
+            raise
+        finally:
+            _WAITING.undos.remove(self)
 
 
 def one_at_a_time(
@@ -85,11 +87,13 @@ def one_at_a_time(
         leave()
         return result
     except BaseException:
-        # A Ctrl-C between the end of a context and its exit skips that.
-        for context in reversed(_WAITING.undos[depth:]):
-            context.__exit__()
-        if entered:
-            on_error()
+        # A stack calls all of them, the last first, whatever one of them raises.
+        with ExitStack() as stack:
+            if entered:
+                stack.callback(on_error)
+            # A Ctrl-C between the end of a context and its exit skips that.
+            for context in _WAITING.undos[depth:]:
+                stack.callback(context.__exit__)
         raise
     finally:
         # A second time where nothing happened: without it a Ctrl-C at the first would keep everybody out for good.

@@ -158,7 +158,7 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     with bound.student_mode(), _only(bound, fused, segments), _tapped(bound) as taps:
         bound.run_masked(call, keep)
     prediction = _prediction(taps)
-    if torch.is_grad_enabled() and _upstream_is_trainable(bound) and not prediction.features.requires_grad:
+    if torch.is_grad_enabled() and not prediction.features.requires_grad and _upstream_is_trainable(bound):
         raise BackboneError(
             f"the features of the student of {', '.join(segments[0].modalities)} carry no gradient, so that nothing "
             f"would be distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
@@ -170,20 +170,34 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
 def explained(what: str) -> Iterator[None]:
     """Say of an exception that it comes from a pass that the user never asked for.
 
-    Only for passes within forward: checkpoints recompute in backward, and stop that by an exception of their own.
+    What the machine raises, such as having no memory left, keeps its class and its message, which batch-size finders
+    look at, and gets a note. Only for passes within forward: checkpoints recompute in backward, and stop that by an
+    exception of their own.
 
     Raises:
-        BackboneError: instead of the exception of the backbone.
+        BackboneError: instead of an exception of the backbone.
     """
     try:
         yield
-    except (PassionError, torch.cuda.OutOfMemoryError):
+    except PassionError:
         raise
     except Exception as error:
+        if _is_of_the_machine(error):
+            # add_note() of Python 3.11 does the same.
+            vars(error).setdefault("__notes__", []).append(f"while the backbone was given {what}")
+            raise
+        few = any(f"more than 1 {lacking}" in str(error) for lacking in ("value", "spatial element"))
+        hint = ". Use larger batches or images, or layers without batch statistics" if few else ""
         raise BackboneError(
-            f"the backbone ran on the batch, but raises when it is given {what}: {short(error)}. Normalisation layers "
-            f"that need more than one value? Use larger batches or images, or layers without batch statistics"
+            f"the backbone ran on the batch, but raises when it is given {what}: {short(error)}{hint}"
         ) from error
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether it is for want of memory, or comes from a device, its libraries or another process."""
+    words = ("out of memory", "alloc", "cuda error", "hip error", "cudnn", "cublas", "nccl", "gloo")
+    spoken = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return spoken or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _upstream_is_trainable(bound: BoundBackbone) -> bool:

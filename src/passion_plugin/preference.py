@@ -19,7 +19,7 @@ from passion_plugin.balance import Preference, presence_counts_of, project_beta,
 from passion_plugin.config import Mode
 from passion_plugin.errors import PassionWarning, raise_problems
 from passion_plugin.parallel import summed
-from passion_plugin.settings import is_number, is_one_of, is_whole, members
+from passion_plugin.plain_values import is_number, is_one_of, is_whole, members
 from passion_plugin.state_checks import entry_problems, listed, shown
 
 __all__ = ["Preference", "PreferenceEstimator"]

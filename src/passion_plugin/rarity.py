@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, raise_problems, suggest
-from passion_plugin.settings import members
+from passion_plugin.plain_values import members
 
 __all__ = ["Rarity"]
 

@@ -17,9 +17,9 @@ from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
 from passion_plugin.parallel import in_lockstep
 from passion_plugin.passes import Prediction, Skip, fused_pass
+from passion_plugin.plain_values import members
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.reentrant import passes_reentrant, reentrant_problem
-from passion_plugin.settings import members
 from passion_plugin.students import Student, active_students, run_students, with_stand_ins
 from passion_plugin.targets import prepare_target
 from passion_plugin.validate import describe
@@ -89,7 +89,9 @@ class TrainingStep:
         bound.check_images(call)
         available = bound.availability(call, presence)
         bound.check_finite(call, available)
-        lockstep = in_lockstep(bound.backbone)
+        if not bound.trained:
+            bound.lockstep = in_lockstep(bound.backbone)
+        lockstep = bound.lockstep
         wanted = config.skip_missing_encoders if bound.spec.skippable and not lockstep else False
         skip: Skip = "absent" if wanted == "auto" else "rows" if wanted else "no"
         keep_features = strategy.needs_features

@@ -48,6 +48,7 @@ class BoundBackbone:
         self.forward = forward
         self.layouts: Layouts = {}
         self.trained = False  # Whether a first training pass has been looked at.
+        self.lockstep = False  # What that found: whether forwards are collective calls.
         problems: list[str] = []
         modules = dict(backbone.named_modules(remove_duplicate=False))
 
@@ -90,6 +91,10 @@ class BoundBackbone:
             if isinstance(spec.mask_format, MaskCodec)
             else codec_for(spec.mask_format, spec.mask_meaning, spec.mask_columns, self.modalities)
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let a copy look again: it may be sharded, or checkpoint its activations in another way."""
+        return {**self.__dict__, "trained": False}
 
     def run(self, call: BackboneCall) -> Any:
         """Call the backbone as its user would."""
@@ -136,11 +141,12 @@ class BoundBackbone:
             bool (B, M) on the CPU.
 
         Raises:
-            InputError: as in :meth:`presence_of`, or ``presence`` contradicts the mask.
+            InputError: as in :meth:`presence_of`, for ``presence`` too, or that contradicts the mask.
         """
         if presence is None:
             return self.presence_of(call)
         available = check_mask(presence, self.batch_of(call), self.modalities, what="passion_presence")
+        self._refuse_mixed(available)
         if self.has_mask(call) and bool((self.presence_of(call) & ~available).any()):
             raise InputError("the mask lets modalities through that passion_presence says are missing")
         return available
@@ -165,11 +171,7 @@ class BoundBackbone:
             )
         assert self._mask is not None
         presence = check_mask(self._codec.decode(call.get(self._mask)), batch, self.modalities, what="the mask")
-        if not self.spec.mixed_masks and not bool((presence == presence[0]).all()):
-            raise InputError(
-                "this backbone cannot mix masks in one batch (BackboneSpec.mixed_masks is False), but the samples "
-                "have different ones: group samples by their modalities, or use batches of one"
-            )
+        self._refuse_mixed(presence)
         return presence
 
     def check_finite(self, call: BackboneCall, presence: Tensor) -> None:
@@ -248,6 +250,13 @@ class BoundBackbone:
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.forward is not None
         return self.forward(*args, **kwargs)
+
+    def _refuse_mixed(self, presence: Tensor) -> None:
+        if not self.spec.mixed_masks and not bool((presence == presence[0]).all()):
+            raise InputError(
+                "this backbone cannot mix masks in one batch (BackboneSpec.mixed_masks is False), but the samples "
+                "have different ones: group samples by their modalities, or use batches of one"
+            )
 
     def _missing_attribute(self, name: str) -> str:
         owner, _, attribute = name.rpartition(".")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from passion_plugin.backbone.masks import MASK_FORMATS, MaskCodec
 from passion_plugin.errors import raise_problems
-from passion_plugin.settings import is_one_of, members
+from passion_plugin.plain_values import is_one_of, members
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import InputError
-from passion_plugin.evaluation._optional import require
+from passion_plugin.optional import require
 
 __all__ = ["Predict", "call_model", "sliding_window_predict"]
 

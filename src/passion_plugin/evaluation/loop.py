@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems
-from passion_plugin.evaluation._optional import require
 from passion_plugin.evaluation.batches import Batch, read_batch
 from passion_plugin.evaluation.inference import Predict, call_model
 from passion_plugin.evaluation.metrics import BRATS_PENALTY
@@ -25,6 +24,7 @@ from passion_plugin.missing.subsets import (
     subset_mask,
     subset_name,
 )
+from passion_plugin.optional import require
 
 __all__ = ["evaluate_subsets"]
 

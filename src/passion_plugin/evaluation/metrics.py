@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import InputError
-from passion_plugin.evaluation._optional import require
+from passion_plugin.optional import require
 
 __all__ = ["BRATS_PENALTY", "BRATS_REGIONS", "dice_scores", "hd95_scores", "region_masks"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, raise_problems
-from passion_plugin.evaluation._optional import require
 from passion_plugin.evaluation.metrics import dice_scores, hd95_scores
 from passion_plugin.evaluation.rows import STATUS, Convention, Row
 from passion_plugin.evaluation.targets import Targets
+from passion_plugin.optional import require
 
 __all__ = ["Scorer"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from passion_plugin.evaluation._optional import require
-from passion_plugin.integrations.find import find_engine
+from passion_plugin.find import find_engine
 from passion_plugin.integrations.logging import log_metrics
+from passion_plugin.optional import require
 
 __all__ = ["PassionCallback"]
 
@@ -20,7 +20,8 @@ class PassionCallback(Callback):
     * ``end_epoch()`` once per training epoch, before checkpoints of that epoch are saved; never in sanity checks,
       validation or test;
     * :meth:`~passion_plugin.Passion.metrics` every ``Trainer(log_every_n_steps=...)`` optimizer steps to the loggers,
-      and at the end of the epoch through ``log_dict``, so that other callbacks can monitor them;
+      and at the end of the epoch through ``log_dict``, so that other callbacks can monitor them. The steps are
+      Lightning's ``global_step``, which counts those of all optimizers: with several, every step of each counts;
     * the state of the add-on, in the callback's part of the checkpoint, and back from there with ``ckpt_path=``.
 
     Args:
@@ -65,7 +66,8 @@ class PassionCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Log the last micro-batch, under the number that Lightning gives this step."""
-        if trainer.loggers and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0: Lightning logs no steps.
+        if every and trainer.loggers and (trainer.global_step + 1) % every == 0:
             for logger in trainer.loggers:
                 log_metrics(self._passion, logger.log_metrics, trainer.global_step, prefix=self.prefix)
 

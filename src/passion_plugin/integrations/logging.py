@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from passion_plugin.errors import ConfigError
-from passion_plugin.integrations.find import find_engine
+from passion_plugin.find import find_engine
 
 __all__ = ["Log", "MetricsLogger", "log_metrics"]
 
@@ -19,7 +19,7 @@ def log_metrics(model: Any, log: Log, step: int | None = None, *, prefix: str = 
     """Hand ``model.metrics()`` to a logger. The device is waited for.
 
     Args:
-        model: see :func:`~passion_plugin.integrations.find.find_engine`.
+        model: see :func:`~passion_plugin.find.find_engine`.
         log: called as ``log(metrics, step=step)``, or ``log(metrics)`` without a step; not at all while there is
             nothing to log.
         step: number of the step, for loggers that take one.

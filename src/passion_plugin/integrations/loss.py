@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passion_plugin.integrations.find import find_engine
+from passion_plugin.find import find_engine
 
 __all__ = ["PassionLoss"]
 
@@ -20,7 +20,7 @@ class PassionLoss(nn.Module):
 
     Args:
         loss: the user's own, ``loss(prediction, target)`` to a tensor of any shape.
-        model: see :func:`~passion_plugin.integrations.find.find_engine`. It does not become a part of this module.
+        model: see :func:`~passion_plugin.find.find_engine`. It does not become a part of this module.
 
     Raises:
         UsageError: the model has no engine, or several.

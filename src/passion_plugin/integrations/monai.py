@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from passion_plugin.errors import UsageError
-from passion_plugin.evaluation._optional import require
-from passion_plugin.integrations.find import find_engine
+from passion_plugin.find import find_engine
 from passion_plugin.integrations.logging import MetricsLogger
+from passion_plugin.optional import require
 
 __all__ = ["PassionHandler"]
 
@@ -19,7 +19,7 @@ class PassionHandler:
     trainer stays as it is. Put this handler before those that save checkpoints or print ``engine.state.metrics``.
 
     Args:
-        model: see :func:`~passion_plugin.integrations.find.find_engine`.
+        model: see :func:`~passion_plugin.find.find_engine`.
         logger: called after each iteration with the engine and the number of the iteration.
         prefix: put before the names in ``engine.state.metrics``, where the metrics are after each epoch.
 

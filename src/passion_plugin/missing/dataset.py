@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
 from passion_plugin.missing.presence import PresenceTable
-from passion_plugin.settings import is_one_of
+from passion_plugin.plain_values import is_one_of
 from passion_plugin.validate import describe
 
 __all__ = ["IncompleteDataset", "blank_missing"]

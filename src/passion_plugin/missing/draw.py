@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.missing.presence import PresenceTable, default_ids
 from passion_plugin.missing.subsets import modality_problems
-from passion_plugin.settings import is_number, is_whole, members
+from passion_plugin.plain_values import is_number, is_whole, members
 
 __all__ = ["draw_presence"]
 
@@ -58,9 +58,10 @@ def draw_presence(
     """
     if not isinstance(rates, Mapping) or not rates:
         raise ConfigError(f"draw_presence: rates={rates!r}; pass a rate for each modality, {{'t1': 0.2, …}}")
-    columns: Any = tuple(rates) if modalities is None else modalities
-    problems = modality_problems(columns)
-    columns = members(columns) or ()
+    # Collected before they are checked: an iterator gives its items once.
+    columns: Any = members(rates if modalities is None else modalities)
+    problems = modality_problems(modalities if columns is None else columns)  # type: ignore[arg-type]
+    columns = columns or ()
     problems += [
         f"rates: unknown modality {name!r}.{suggest(str(name), columns)}" for name in rates if name not in columns
     ]

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from passion_plugin.errors import raise_problems
 from passion_plugin.missing.presence import PresenceTable
 from passion_plugin.missing.subsets import all_subsets, subset_mask
-from passion_plugin.settings import is_whole
+from passion_plugin.plain_values import is_whole
 from passion_plugin.validate import describe
 
 __all__ = ["EvenSubsets"]

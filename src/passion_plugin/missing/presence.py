@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.missing.reading import read_rows, shorten, shortlist
 from passion_plugin.missing.subsets import modality_problems
-from passion_plugin.settings import is_number, is_whole, members
+from passion_plugin.plain_values import is_number, is_whole, members
 
 __all__ = ["PresenceTable", "default_ids"]
 
@@ -61,12 +61,14 @@ class PresenceTable:
 
     def __post_init__(self) -> None:
         """Check everything, then freeze a private copy."""
-        names = modality_problems(self.modalities) + _id_problems(self.sample_ids)
+        # Collected before they are checked: an iterator gives its items once.
         ids, modalities = members(self.sample_ids), members(self.modalities)
+        problems = modality_problems(self.modalities if modalities is None else modalities)
+        problems += _id_problems(self.sample_ids if ids is None else ids)
         if ids is None or modalities is None:
-            raise_problems(names, what="PresenceTable")
+            raise_problems(problems, what="PresenceTable")
             return
-        problems, presence = names, np.array(self.presence)
+        presence = np.array(self.presence)
         if presence.dtype != np.bool_:
             problems.append(f"presence is {presence.dtype}; pass bool, True = present")
         elif presence.shape != (len(ids), len(modalities)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
-from passion_plugin.settings import is_one_of, members
+from passion_plugin.plain_values import is_one_of, members
 from passion_plugin.validate import describe
 
 __all__ = [

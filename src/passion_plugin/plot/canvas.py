@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from passion_plugin.evaluation._optional import require
+from passion_plugin.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

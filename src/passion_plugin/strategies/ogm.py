@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError
-from passion_plugin.settings import is_number
+from passion_plugin.plain_values import is_number
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality, comparable, compared, ratio_to_others, true_class_probability
 from passion_plugin.students import active_students

@@ -11,8 +11,8 @@ from torch import Tensor
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, raise_problems
 from passion_plugin.heads import feature_maps
+from passion_plugin.plain_values import is_number, is_whole
 from passion_plugin.rarity import Rarity
-from passion_plugin.settings import is_number, is_whole
 from passion_plugin.state_checks import listed
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import (
@@ -87,7 +87,7 @@ class PMR(Strategy):
             problems.append(f"entropy_epochs must be an integer, 0 or more, got {entropy_epochs!r}")
         raise_problems(problems, what="PMR")
         self.alpha, self.momentum = float(alpha), float(momentum)
-        self.entropy_weight, self.entropy_epochs = float(entropy_weight), entropy_epochs
+        self.entropy_weight, self.entropy_epochs = float(entropy_weight), int(entropy_epochs)
 
     def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""

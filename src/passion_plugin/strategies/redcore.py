@@ -11,9 +11,9 @@ from passion_plugin.balance import Preference
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.losses import segmentation_loss
+from passion_plugin.plain_values import is_number
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.rarity import Rarity
-from passion_plugin.settings import is_number
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality
 from passion_plugin.students import active_students
@@ -72,14 +72,17 @@ class RedCore(Strategy):
         if not is_number(weight, above=0):
             raise ConfigError(f"RedCore: weight must be a positive number, got {weight!r}")
         self.weight = float(weight)
+        # Says now what is wrong with the options.
+        PreferenceEstimator(
+            ("a", "b"), eta=eta, eta_growth=eta_growth, eta_every=eta_every, beta_min=beta_min, beta_max=beta_max
+        )
         self.options: dict[str, Any] = {
-            "eta": eta,
-            "eta_growth": eta_growth,
-            "eta_every": eta_every,
-            "beta_min": beta_min,
-            "beta_max": beta_max,
+            "eta": float(eta),
+            "eta_growth": float(eta_growth),
+            "eta_every": int(eta_every),
+            "beta_min": float(beta_min),
+            "beta_max": float(beta_max),
         }
-        PreferenceEstimator(("a", "b"), **self.options)  # Says now what is wrong with the options.
 
     def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""

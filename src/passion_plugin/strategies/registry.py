@@ -7,7 +7,7 @@ from typing import Any
 
 from passion_plugin.config import HOW_PASSES_RUN, PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems, suggest
-from passion_plugin.settings import is_one_of
+from passion_plugin.plain_values import is_one_of
 from passion_plugin.strategies.agm import AGM
 from passion_plugin.strategies.base import Plain, Strategy
 from passion_plugin.strategies.ogm import OGMGE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin.errors import ConfigError, raise_problems
-from passion_plugin.settings import is_number, is_whole
+from passion_plugin.plain_values import is_number, is_whole
 
 __all__ = ["SlowWeights"]
 
@@ -52,7 +52,7 @@ class SlowWeights:
         if not is_whole(every, least=1):
             problems.append(f"every must be an integer, 1 or more, got {every!r}")
         raise_problems(problems, what="SlowWeights")
-        self.rate, self.every, self.steps = float(rate), every, 0
+        self.rate, self.every, self.steps = float(rate), int(every), 0
         self._fast = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._slow = {name: p.detach().clone() for name, p in self._fast.items()}
 
