@@ -20,6 +20,9 @@ from passion_plugin.errors import UsageError
 __all__ = ["Handler", "one_at_a_time", "overridden_forward", "refuse_thread", "undone"]
 
 Handler = Callable[..., Any]
+# For handlers. The compiler sees what they call and not them: they change with every pass, until it gives up, and what
+# it would trace of them is not what happens (versions of tensors). As for the private name: see Passion.train_forward.
+untraced = torch._disable_dynamo(recursive=False)  # type: ignore[attr-defined]
 
 _Result = TypeVar("_Result")
 
@@ -145,8 +148,7 @@ def refuse_thread(owner: int) -> None:
         )
 
 
-# Not traced, for it changes with every pass, until the compiler gives up; what it calls is. See train_forward.
-@torch._disable_dynamo(recursive=False)  # type: ignore[attr-defined]
+@untraced
 def _answer(owner: int, handler: Handler, forward: Handler, *args: Any, **kwargs: Any) -> Any:
     refuse_thread(owner)
     return handler(forward, *args, **kwargs)

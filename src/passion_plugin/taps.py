@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from passion_plugin.errors import BackboneError, suggest
-from passion_plugin.overrides import Handler, overridden_forward
+from passion_plugin.overrides import Handler, overridden_forward, untraced
 from passion_plugin.random_state import random_state
 
 __all__ = ["FeatureRecord", "Segment", "Tap", "resolve_module"]
@@ -92,6 +92,7 @@ class Tap:
         self.name = name
         self.calls: list[tuple[Tensor, Tensor, int]] = []
 
+    @untraced
     def __call__(self, forward: Handler, *args: Any, **kwargs: Any) -> Any:
         """Run the module and keep its first input and its output."""
         entering = args[0] if args else next(iter(kwargs.values()))
@@ -150,15 +151,10 @@ class FeatureRecord:
             keep_random_state: remember the state of the generators after the last encoder.
         """
 
+        @untraced
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            if features:
-                _check_leaves(output, owner)
-                kept = tree_map(_clone if self.copy else _same, output)
-                self.outputs[module].append(kept)
-                self.versions[module].append([leaf._version for leaf in _tensors(kept)])
-            if keep_random_state:
-                self.random_state = random_state()
+            self._keep(owner, module, output, features, keep_random_state)
             return output
 
         return self._handlers(handler)
@@ -216,11 +212,12 @@ class FeatureRecord:
             for module in modules
         }
 
+        @untraced
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
             call = served[module]
             served[module] += 1
             if call < len(replies[module]):
-                return tree_map(_clone if self.copy else _same, replies[module][call])
+                return self._given(replies[module][call])
             if owner in students:
                 raise BackboneError(_MISCOUNT.format(owner, served[module], len(replies[module])))
             return forward(*args, **kwargs)
@@ -235,6 +232,7 @@ class FeatureRecord:
     def isolating(self, modalities: Collection[str]) -> dict[nn.Module, Handler]:
         """Return handlers under which only the encoders of ``modalities`` are run with gradient."""
 
+        @untraced
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
             if owner in modalities:
                 return forward(*args, **kwargs)
@@ -260,9 +258,23 @@ class FeatureRecord:
             pieces.append(tree_map(pick, source._kept(module, call, owner)))
         return pieces[0] if len(pieces) == 1 else tree_map(_concatenate, *pieces)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _keep(self, owner: str, module: nn.Module, output: Any, features: bool, keep_random_state: bool) -> None:
+        if features:
+            _check_leaves(output, owner)
+            kept = self._given(output)
+            self.outputs[module].append(kept)
+            self.versions[module].append(_versions(kept))
+        if keep_random_state:
+            self.random_state = random_state()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _given(self, output: Any) -> Any:
+        return tree_map(_clone if self.copy else _same, output)
+
     def _kept(self, module: nn.Module, call: int, owner: str) -> Any:
         output, versions = self.outputs[module][call], self.versions[module][call]
-        if [leaf._version for leaf in _tensors(output)] != versions:
+        if _versions(output) != versions:
             raise BackboneError(
                 f"the backbone changed the output of the encoder of {owner!r} in place, so that it cannot be "
                 f"replayed; set BackboneSpec(copy_features=True)"
@@ -288,6 +300,10 @@ def _check_leaves(output: Any, owner: str) -> None:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+
+
+def _versions(output: Any) -> list[int]:
+    return [leaf._version for leaf in _tensors(output)]
 
 
 def _same(leaf: Any) -> Any:
