@@ -197,8 +197,9 @@ def test_quick_sweep_varies_one_number_at_a_time() -> None:
     losses.case_options(parser)
     quick = losses.cases(parser.parse_args([]))
     assert len(set(quick)) == len(quick)
-    assert sum(case.operation == "pixel" for case in quick) == 5
-    assert sum(case.operation == "prototype" for case in quick) == 7
+    assert {case.side for case in quick if (case.classes, case.channels) == (4, 0)} == {32, 64, 80, 128, 160}
+    assert sum(case.operation == "pixel" for case in quick) == 5 + 2, "five sizes, and two other numbers of classes"
+    assert sum(case.operation == "prototype" for case in quick) == 5 + 2 + 2, "and two other numbers of channels"
     full = losses.cases(parser.parse_args(["--full"]))
     assert {case.operation for case in full} == set(OPERATIONS)
     assert {case.side for case in full} >= {32, 64, 80, 128, 160}
