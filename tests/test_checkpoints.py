@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -181,6 +180,8 @@ class TestFiles:
         assert not list(tmp_path.iterdir())
 
     def test_the_model_may_be_inside_of_what_a_trainer_makes_of_it(self, tmp_path: Path) -> None:
+        pl = pytest.importorskip("lightning.pytorch")
+
         class Task(pl.LightningModule):
             def __init__(self, network: PassionWrapper) -> None:
                 super().__init__()

@@ -294,6 +294,13 @@ def in_graphs(model: Any, target: Tensor | None = None) -> int:
     return sum(IN_GRAPHS)
 
 
+# PyTorch 2.5 gives the same results, but compiles again more often.
+counted = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="the page is about newer versions of PyTorch"
+)
+
+
+@counted
 @pytest.mark.parametrize("row", ROWS)
 def test_the_page_says_what_runs_compiled(row: str) -> None:
     _, training, evaluation = next(cells for cells in table() if cells[0] == row)
@@ -327,6 +334,7 @@ def test_evaluation_is_still_compiled_after_a_long_training(row: str) -> None:
     assert in_graphs(model.eval()) == CONVOLUTIONS
 
 
+@counted
 @pytest.mark.parametrize("part", ["network", "encoder", "decoder"])
 def test_what_is_listened_to_cannot_be_asked_for_in_one_graph(part: str) -> None:
     x, mask, y = batch(MIXED, side=8)

@@ -151,5 +151,7 @@ def example_heads(bound: BoundBackbone, call: BackboneCall) -> nn.ModuleList:
     with torch.random.fork_rng():
         fused = fused_pass(bound, call, everything)
         features = {modality: fused.record.features(modality) for modality in bound.modalities}
+        # Autocast keeps weights that it has cast, and PyTorch 2.5 those that were cast without gradient too.
+        torch.clear_autocast_cache()
         dtypes = [p.dtype for p in bound.backbone.parameters() if p.is_floating_point()]
         return build_heads(features, fused.prediction, dtypes[0] if dtypes else torch.get_default_dtype())
