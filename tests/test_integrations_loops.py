@@ -93,10 +93,14 @@ def test_fabric(one_call: bool, plain: tuple[list[Tensor], PassionWrapper]) -> N
 
 
 @pytest.mark.parametrize("one_call", [False, True])
-def test_fabric_with_ddp_needs_no_marked_method(one_call: bool, plain: tuple[list[Tensor], PassionWrapper]) -> None:
+def test_fabric_with_ddp_needs_no_marked_method(
+    one_call: bool, plain: tuple[list[Tensor], PassionWrapper], tmp_path: Path
+) -> None:
     # Put back afterwards: Fabric leaves variables that make an Accelerator think it is one process of many.
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    with mock.patch.dict(os.environ, address):
+    with mock.patch.dict(os.environ, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}):
+        # A group of our own, which Fabric takes over: it meets in a file, and needs no free port.
+        store = f"file://{tmp_path}/rendezvous"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
         fabric = Fabric(accelerator="cpu", devices=1, strategy="ddp")
         fabric.launch()
         try:
