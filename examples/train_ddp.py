@@ -68,6 +68,8 @@ def main(epochs: int, patients: int, size: int, out: Path) -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         torch.save({"backbone": backbone.state_dict(), "passion": model.addon_state_dict()}, out / "checkpoint.pt")
+    # Nobody leaves while rank 0 still writes.
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
