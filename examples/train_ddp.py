@@ -32,8 +32,16 @@ def main(epochs: int, patients: int, size: int, out: Path) -> None:
     if cuda:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if cuda else "gloo")
-    rank = distributed.get_rank()
+    # In a function of its own, so that the network is freed before the group: a network that is freed later, while
+    # gloo finishes its last sum, may hang.
+    train(device, epochs, patients, size, out)
+    # Nobody leaves while rank 0 still writes.
+    distributed.barrier()
+    distributed.destroy_process_group()
 
+
+def train(device: torch.device, epochs: int, patients: int, size: int, out: Path) -> None:
+    rank = distributed.get_rank()
     torch.manual_seed(0)
     phantom = PhantomDataset(patients, (size,) * 3)
     # The table of the whole training set, the same in every process.
@@ -50,7 +58,7 @@ def main(epochs: int, patients: int, size: int, out: Path) -> None:
     model = PassionWrapper(  # 1: wrap, then distribute
         backbone, phantom.modalities, presence=presence, example_input=example, example_mask=everything
     )
-    network = DistributedDataParallel(model, device_ids=[device] if cuda else None)
+    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 
     for epoch in range(1, epochs + 1):
@@ -68,9 +76,6 @@ def main(epochs: int, patients: int, size: int, out: Path) -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         torch.save({"backbone": backbone.state_dict(), "passion": model.addon_state_dict()}, out / "checkpoint.pt")
-    # Nobody leaves while rank 0 still writes.
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

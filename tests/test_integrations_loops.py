@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,15 +102,21 @@ def test_fabric_with_ddp_needs_no_marked_method(
         # A group of our own, which Fabric takes over: it meets in a file, and needs no free port.
         store = f"file://{tmp_path}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        fabric = Fabric(accelerator="cpu", devices=1, strategy="ddp")
-        fabric.launch()
         try:
-            wrapper = wrap()
-            model, optimizer = fabric.setup(wrapper, adam(wrapper))
-            assert type(model._forward_module) is torch.nn.parallel.DistributedDataParallel
-            assert_the_same(model, train(model, optimizer, fabric.backward, one_call=one_call), plain)
+            trained_with_ddp(one_call, plain)
         finally:
+            # DistributedDataParallel has to be gone before its group, or may wait for gloo while gloo waits for it.
+            gc.collect()
             torch.distributed.destroy_process_group()
+
+
+def trained_with_ddp(one_call: bool, plain: tuple[list[Tensor], PassionWrapper]) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="ddp")
+    fabric.launch()
+    wrapper = wrap()
+    model, optimizer = fabric.setup(wrapper, adam(wrapper))
+    assert type(model._forward_module) is torch.nn.parallel.DistributedDataParallel
+    assert_the_same(model, train(model, optimizer, fabric.backward, one_call=one_call), plain)
 
 
 @pytest.mark.parametrize("strategy", [None, "agm"])
