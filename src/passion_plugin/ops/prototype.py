@@ -229,7 +229,8 @@ def _class_sums(
     counts = torch.zeros(batch, num_classes, dtype=dtype, device=student.device)
     for b in range(batch):
         for part in _parts(student, teacher, num_classes):
-            masks = _masks(labels[b, ..., part], num_classes, ignore_index, dtype)
+            masks = counts.new_empty(num_classes, part.stop - part.start)
+            _write_masks(labels[b, ..., part], ignore_index, into=masks)
             counts[b] += masks.sum(1)
             for total, features in zip(sums, (student, teacher), strict=True):
                 total[b].addmm_(masks, features[b, :, part].to(dtype).T)
@@ -276,35 +277,43 @@ def _feature_gradient(
         towards = torch.cat((directions_s[b], pull[b])).T
         for part in _parts(student, teacher, num_classes):
             f, t, y = student[b, :, part].to(dtype), teacher[b, :, part].to(dtype), labels[b, ..., part]
-            (similarity, scale, bounded), (target, *_) = _cosines(directions_s[b], f), _cosines(directions_t[b], t)
+            (similarity, scale, squared), (target, *_) = _cosines(directions_s[b], f), _cosines(directions_t[b], t)
             gap = _without_ignored(torch.sub(similarity, target, out=target), y, ignore_index)
-            slope = gap.mul_(slopes[b].unsqueeze(1)).mul_(scale)
+            drive = gap.new_empty(2 * num_classes, len(scale))
+            slope = torch.mul(gap, slopes[b].unsqueeze(1), out=drive[:num_classes]).mul_(scale)
+            _write_masks(y, ignore_index, into=drive[num_classes:])
             # A length at its bound does not change with f.
-            radial = similarity.mul_(slope).sum(0).mul_(scale).masked_fill_(bounded, 0.0)
-            drive = torch.cat((slope, _masks(y, num_classes, ignore_index, dtype)))
-            gradient[b, :, part] = torch.mm(towards, drive).addcmul_(f, radial, value=-1)
+            radial = similarity.mul_(slope).sum(0).mul_(scale).masked_fill_(squared < EPS**2, 0.0)
+            result = gradient[b, :, part]
+            if gradient.dtype == dtype:
+                torch.mm(towards, drive, out=result).addcmul_(f, radial, value=-1)
+            else:
+                result.copy_(torch.mm(towards, drive).addcmul_(f, radial, value=-1))
     return gradient
 
 
 def _parts(student: Tensor, teacher: Tensor, num_classes: int) -> Iterator[slice]:
     """Cut the voxels: the largest temporaries are as wide as the features and as the maps of both."""
-    return voxel_chunks(student.shape[2], max(student.shape[1], teacher.shape[1]) + 2 * num_classes)
+    widest = max(student.shape[1], teacher.shape[1]) + 2 * num_classes
+    return voxel_chunks(student.shape[2], widest, times=4)
 
 
 def _cosines(directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (K, n) of the features (C, n) of some voxels, their 1 / l (n,), and where the bound on l acts (n,)."""
+    """Cosines (K, n) of the features (C, n) of some voxels, their 1 / l (n,), and their squared lengths (n,)."""
     squared = features.square().sum(0)
     scale = squared.clamp(min=EPS**2).rsqrt_()
-    return torch.mm(directions, features).mul_(scale), scale, squared < EPS**2
+    return torch.mm(directions, features).mul_(scale), scale, squared
 
 
-def _masks(labels: Tensor, num_classes: int, ignore_index: int | None, dtype: torch.dtype) -> Tensor:
-    """Which of some voxels belong to which class, (K, n) of 0 and 1."""
+def _write_masks(labels: Tensor, ignore_index: int | None, *, into: Tensor) -> None:
+    """Write which of some voxels belong to which class into (K, n), as 0 and 1."""
     if labels.ndim == 2:
-        # Contiguous as the masks of class numbers: the same matrix product, bit for bit.
-        return (labels != 0).to(dtype, memory_format=torch.contiguous_format)
-    masks = labels == torch.arange(num_classes, device=labels.device).unsqueeze(1)
-    return _without_ignored(masks, labels, ignore_index).to(dtype)
+        torch.ne(labels, 0, out=into)
+        return
+    classes = torch.arange(len(into), dtype=into.dtype, device=into.device).unsqueeze(1)
+    # Compared as floating numbers: several times as fast as integers.
+    torch.eq(labels.to(into.dtype), classes, out=into)
+    _without_ignored(into, labels, ignore_index)
 
 
 def _without_ignored(values: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
