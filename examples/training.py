@@ -75,6 +75,7 @@ def train(
     name: str = "plain",
     quiet: bool = False,
     log: Callable[[dict[str, float], int], None] | None = None,
+    after_step: Callable[[], Any] | None = None,
 ) -> list[Preference]:
     """An ordinary training loop; the three places that know of PASSION are numbered.
 
@@ -90,6 +91,7 @@ def train(
         name: for the progress bar.
         quiet: no progress bar.
         log: called with ``metrics()`` and the step after every epoch.
+        after_step: called after every step of the optimizer, to average weights for example.
 
     Returns:
         The preference after every epoch, empty without ``wrap``.
@@ -117,6 +119,8 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             schedule.step()
+            if after_step:
+                after_step()
             if passion and (step % steps_per_epoch == 0 or step == steps):
                 history.append(passion.end_epoch())  # 3: update the preference
                 if log:

@@ -25,7 +25,7 @@ from examples.experiment.views import Batches, centred, predict_whole
 from passion_plugin import PresenceTable, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.missing import all_subsets, subset_mask
-from passion_plugin.strategies import strategy_names
+from passion_plugin.strategies import SlowWeights, strategy_names
 
 MODALITIES = ("ct", "pet", "t1")
 ROOT = Path(__file__).parents[1]
@@ -125,6 +125,9 @@ class TestRecipes:
         assert (parse_recipe("even").rule, parse_recipe("even").drawing) == ("plain", "even")
         assert parse_recipe("drop") == parse_recipe("plain@drop")
         assert parse_recipe("passion@even").drawing == "even"
+        assert not parse_recipe("even").slow
+        for name in ("even+slow", "plain@even+slow", "passion@even+slow:temperature=2"):
+            assert (parse_recipe(name).drawing, parse_recipe(name).slow) == ("even", True)
 
     def test_hyper_parameters_reach_the_rule(self) -> None:
         recipe = parse_recipe("passion@drop:temperature=2,modulation=none,gate=False")
@@ -139,6 +142,7 @@ class TestRecipes:
         [
             ("pasion", "'passion'"),
             ("passion@evn", "'even'"),
+            ("passion@even+slwo", "'slwo' after the +"),
             ("passion:temprature=2", "'temperature'"),
             ("passion:temperature", "hyper-parameter=value"),
             ("passion:temperature=-1", "temperature must be a positive"),
@@ -284,6 +288,20 @@ class TestRuns:
         assert len(record["history"]) == 1
         assert len(record["history"][0]) == 1 + 2 * 3
         assert list(tmp_path.glob("models/*.pt"))
+
+    def test_slow_weights_count_every_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bursts = []
+        original = SlowWeights.step
+
+        def counted(slow: SlowWeights) -> bool:
+            bursts.append(slow.every)
+            return original(slow)
+
+        monkeypatch.setattr(SlowWeights, "step", counted)
+        main([*COMMAND, "--results", str(tmp_path), "--no-models", "--strategies", "even", "even+slow"])
+        drawings = [record["run"]["drawing"] for record in Store(tmp_path).records()]
+        assert sorted(drawings) == ["even", "even+slow"]
+        assert bursts == [7, 7], "two steps of one training, three modalities"
 
     def test_strategies_start_from_the_same_weights_and_the_same_batches(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", default="phantom", help="'phantom', 'phantom-tiny', a folder, or module:function(fold=) -> Cohort")
     add("--results", default="runs/experiment", help="folder of results (default: runs/experiment)")
     add("--backbone", nargs="+", default=["uhemis"], help="networks (default: uhemis)")
-    add("--strategies", nargs="+", default=["plain", "passion"], metavar="RULE[@DRAWING][:NAME=VALUE,...]")
+    add("--strategies", nargs="+", default=["plain", "passion"], metavar="RULE[@DRAWING[+slow]][:NAME=VALUE,...]")
     add("--rates", nargs="+", help="missing rates, '.2,.5,.8' in order or 'ct=.2,pet=.8,t1=.5' (default: the data's)")
     add("--assignments", choices=("given", "all"), default="given", help="all: the rates in every order of modalities")
     add("--held-out", metavar="FOLDER", help="test on these patients instead, train on all of --data (sarcoma files)")

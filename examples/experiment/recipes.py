@@ -1,10 +1,11 @@
 """Strategies by name: which rule trains, how the data is drawn, with which hyper-parameters.
 
-    rule[@drawing][:name=value,...]       passion   passion@even   plain@drop   passion:temperature=2,eta=0.02
+    rule[@drawing[+slow]][:name=value,...]   passion   passion@even+slow   plain@drop   passion:temperature=2,eta=0.02
 
 Rules are those of :mod:`passion_plugin.strategies`. Drawings: ``all`` shows what a patient has, ``drop`` a random
 part of it, ``even`` every combination of modalities equally often. ``drop`` and ``even`` alone stand for
-``plain@drop`` and ``plain@even``.
+``plain@drop`` and ``plain@even``. ``+slow`` averages the weights over bursts of as many steps as there are
+combinations (:class:`~passion_plugin.strategies.SlowWeights`).
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class Recipe:
     Attributes:
         rule: name of the balancing rule; ``"plain"`` trains the backbone without a wrapper.
         drawing: how patients and modalities are drawn, a key of :data:`examples.experiment.views.DRAWINGS`.
+        slow: whether weights are averaged over bursts of steps.
         parameters: hyper-parameters of the rule, all of them.
         overrides: those that were given.
     """
 
     rule: str
     drawing: str
+    slow: bool
     parameters: dict[str, Any]
     overrides: dict[str, Any]
 
@@ -61,11 +64,14 @@ def parse_recipe(name: str) -> Recipe:
         ConfigError: an unknown rule, drawing or hyper-parameter, with close matches, or a value out of range.
     """
     short, _, text = name.partition(":")
+    short, _, averaging = short.partition("+")
     rule, _, drawing = ALIASES.get(short, short).partition("@")
     drawing, known = drawing or "all", [*strategy_names(), *ALIASES]
     problems = []
     if drawing not in DRAWINGS:
         problems.append(f"unknown drawing {drawing!r}.{suggest(drawing, DRAWINGS)}")
+    if averaging not in ("", "slow"):
+        problems.append(f"{averaging!r} after the + is not 'slow'")
     overrides: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     if rule not in strategy_names():
@@ -83,7 +89,7 @@ def parse_recipe(name: str) -> Recipe:
     except ConfigError as error:
         raise ConfigError(f"strategy {name!r}: {error}") from error
     parameters = made.as_dict() if isinstance(made, PassionConfig) else {**parameters, **overrides}
-    return Recipe(rule, drawing, parameters, overrides)
+    return Recipe(rule, drawing, averaging == "slow", parameters, overrides)
 
 
 def _defaults(rule: str) -> dict[str, Any]:

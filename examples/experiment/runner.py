@@ -24,6 +24,7 @@ from examples.training import train
 from passion_plugin import PresenceTable, __version__, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
+from passion_plugin.strategies import SlowWeights
 
 __all__ = ["load", "presence_of", "run", "train_cell"]
 
@@ -107,6 +108,7 @@ def train_cell(
     start = time.perf_counter()
     if rfnet:
         model.is_training = True
+    slow = SlowWeights(model, every=2 ** len(cohort.modalities) - 1) if recipe.slow else None
     history = train(
         model,
         batches,
@@ -117,6 +119,7 @@ def train_cell(
         task=study.task,
         name=cell.strategy,
         quiet=quiet,
+        after_step=slow.step if slow else None,
     )
     if rfnet:
         model.is_training = False
@@ -130,7 +133,7 @@ def train_cell(
             "steps": study.steps,
             "patch": study.patch,
             "weights": sum(p.numel() for p in model.parameters()),
-            "drawing": recipe.drawing,
+            "drawing": recipe.drawing + "+slow" * recipe.slow,
             "rule": recipe.rule,
             "parameters": recipe.parameters,
             "threads": torch.get_num_threads(),
