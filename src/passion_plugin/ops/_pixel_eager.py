@@ -1,6 +1,6 @@
 """Pixel distillation with PyTorch operations: chunk by chunk, so that temporaries stay in the CPU's cache.
 
-Exponentials are powers of 2: in PyTorch for the CPU, ``exp2`` takes less than half the time of ``exp``.
+Exponentials outside of softmax are powers of 2: PyTorch on the CPU takes a quarter of the time for them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, kind: str, 
         (B,) in float32, or in float64 if an input is.
     """
     dtype = wide_dtype(student, teacher)
-    rate = 1 / (temperature * math.log(2))
+    rate = 1 / temperature
     total = student.new_zeros(len(student), dtype=dtype)
     with outside_autocast(student):
         if scale_factor > 1:
@@ -67,7 +67,7 @@ def gradient(
         (B, K, *spatial) in the dtype of the student.
     """
     dtype = wide_dtype(student, teacher)
-    rate = 1 / (temperature * math.log(2))
+    rate = 1 / temperature
     zs, zt = student.flatten(2), teacher.flatten(2)
     result = torch.empty_like(zs)
     scale = upstream.to(dtype).view(-1, 1, 1) * (temperature / _entries(student, scale_factor))
@@ -91,31 +91,22 @@ def _entries(student: Tensor, scale_factor: int) -> int:
     return math.prod(student.shape[1:]) * scale_factor ** (student.ndim - 2)
 
 
-def _powers(z: Tensor, rate: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponents ``rate (z - max z)``, 2 to their power, and the sum of that over the classes."""
-    exponents = _exponents(z, rate, dtype)
-    powers = exponents.exp2()
-    return exponents, powers, powers.sum(1, keepdim=True)
-
-
-def _exponents(z: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-    if z.stride(-1) != 1:  # channels last: reductions over the few classes of each voxel would be slow
+def _scaled(z: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """``rate z`` in ``dtype``, a copy with the voxels of a class side by side."""
+    if z.stride(-1) != 1:  # channels last: softmax over the few classes of each voxel would be slow
         z = z.contiguous()
-    return torch.sub(z, z.amax(1, keepdim=True).to(dtype)).mul_(rate)
+    return z.to(dtype) * rate
 
 
 def _probabilities(z: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-    powers = _exponents(z, rate, dtype).exp2_()
-    return powers.mul_(powers.sum(1, keepdim=True).reciprocal_())
+    return _scaled(z, rate, dtype).softmax(1)
 
 
 def _softmax_sum(zs: Tensor, zt: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-    """``sum q_t (log q_t - log q_s)`` with one logarithm a voxel: that of the quotient of the two sums."""
-    exponents, _, total_s = _powers(zs, rate, dtype)
-    exponents_t, powers, total_t = _powers(zt, rate, dtype)
-    weighted = powers.mul_(exponents_t.sub_(exponents)).sum(1, keepdim=True).div_(total_t)
-    weighted += total_s.div_(total_t).log2_()
-    return weighted.sum((1, 2)).mul_(math.log(2))
+    """``sum q_t (log q_t - log q_s)``."""
+    log_qs, log_qt = (_scaled(z, rate, dtype).log_softmax(1) for z in (zs, zt))
+    gap = torch.sub(log_qt, log_qs, out=log_qs)
+    return log_qt.mul_(1 / math.log(2)).exp2_().mul_(gap).sum((1, 2))
 
 
 def _softmax_slope(zs: Tensor, zt: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
@@ -127,8 +118,7 @@ def _sigmoid_sum(zs: Tensor, zt: Tensor, rate: float, dtype: torch.dtype) -> Ten
 
     The two logarithms become one of a quotient, taken by ``log1p`` so that no digit of small terms is lost.
     """
-    to_natural = rate * math.log(2)
-    a_s, a_t = (z.to(dtype) * to_natural for z in (zs, zt))
+    a_s, a_t = (z.to(dtype) * rate for z in (zs, zt))
     e_s, e_t = (a.abs().mul_(-1 / math.log(2)).exp2_() for a in (a_s, a_t))
     total = e_s.sub_(e_t).div_(e_t.add_(1)).log1p_()
     total += a_t.sigmoid().mul_(a_t - a_s)
@@ -137,8 +127,7 @@ def _sigmoid_sum(zs: Tensor, zt: Tensor, rate: float, dtype: torch.dtype) -> Ten
 
 
 def _sigmoid_slope(zs: Tensor, zt: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-    to_natural = rate * math.log(2)
-    return (zs.to(dtype) * to_natural).sigmoid_().sub_((zt.to(dtype) * to_natural).sigmoid_())
+    return (zs.to(dtype) * rate).sigmoid_().sub_((zt.to(dtype) * rate).sigmoid_())
 
 
 def _clamped_sum(qs: Tensor, qt: Tensor) -> Tensor:
