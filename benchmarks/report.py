@@ -21,16 +21,27 @@ __all__ = ["PAGE", "PICTURE", "blocks", "filled", "main"]
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PICTURE = PAGE.parent / "images" / "cost.png"
 
+_TABLES = {
+    "losses": tables.losses,
+    "step": tables.step,
+    "memory": tables.memory,
+    "public_step": tables.step,
+    "public_memory": tables.memory,
+    "public_profile": tables.profile,
+    "losses_cuda": tables.losses,
+    "step_cuda": tables.step,
+    "memory_cuda": tables.memory,
+}
+"""By name of the file: ``public_`` are networks of other people, which are not part of the repository."""
+
 
 def blocks(folder: Path = FOLDER, picture: Path = PICTURE) -> dict[str, str]:
     """Return the text that belongs between each pair of markers."""
-    kinds = {"losses": tables.losses, "memory": tables.memory, "step": tables.step}
     found = {}
-    for device in ("cpu", "cuda"):
-        for name, table in kinds.items():
-            rows = read(folder / (f"{name}.csv" if device == "cpu" else f"{name}_cuda.csv"))
-            nothing = f"Not yet measured{' on a GPU' if device == 'cuda' else ''}."
-            found[f"{name} {device}"] = f"{_facts(rows)}\n\n{table(rows)}" if rows else nothing
+    for name, table in _TABLES.items():
+        rows = read(folder / f"{name}.csv")
+        nothing = f"Not yet measured{' on a GPU' if name.endswith('_cuda') else ''}."
+        found[name.replace("_", " ")] = f"{_facts(rows)}\n\n{table(rows)}" if rows else nothing
     drawn = f"![Cost against voxels, modalities and missing rate](images/{picture.name})"
     return {**found, "plots": drawn if picture.exists() else "Not yet drawn."}
 

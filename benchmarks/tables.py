@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.results import Row
 
-__all__ = ["losses", "memory", "step"]
+__all__ = ["losses", "memory", "profile", "step"]
 
 _POINT = ("operation", "side", "classes", "channels", "batch", "dtype")
 _STEP = ("sweep", "backbone", "shape", "missing", "stage")
@@ -75,6 +75,23 @@ def step(rows: Sequence[Row]) -> str:
             line = [plain["backbone"], plain["shape"], plain["missing"], _number(float(plain["seconds"]))]
             lines.append(line + [_spread(found.get(name)) for name in names])
         parts.append(f"{title}:\n\n{_table(header, lines, left=3)}")
+    return "\n\n".join(parts)
+
+
+def profile(rows: Sequence[Row]) -> str:
+    """Seconds of a step by kind of work: a table for each point, a column for each candidate."""
+    parts = []
+    names = _names(rows)
+    points: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        point = tuple(row[column] for column in ("backbone", "shape", "missing", "students"))
+        points.setdefault(point, {})[row["kind"], row["candidate"]] = float(row["seconds"])
+    for (backbone, shape, missing, students), seconds in points.items():
+        kinds = list(dict.fromkeys(kind for kind, _ in seconds))
+        lines = [[kind, *[_number(seconds[kind, name]) for name in names]] for kind in kinds]
+        lines.append(["whole step", *[_number(sum(seconds[kind, name] for kind in kinds)) for name in names]])
+        title = f"{backbone}, {shape}, missing {missing}, {float(students):.3g} students a step:"
+        parts.append(f"{title}\n\n{_table(['seconds', *names], lines, left=1)}")
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import losses, memory, naive, operations, plots, problems, report, results, step, tables, training
+from benchmarks import (
+    losses,
+    memory,
+    naive,
+    operations,
+    plots,
+    problems,
+    profile,
+    report,
+    results,
+    step,
+    tables,
+    training,
+)
 from benchmarks.cases import Case, check_parity, draw_inputs, parity_case, too_large
 from benchmarks.floor import Work, floor
 from benchmarks.measure import ParityError, interleaved, machine_facts, peak_memory, relative_error
@@ -370,6 +383,24 @@ def test_memory_of_losses_and_steps(tmp_path: Path) -> None:
     assert float(steps["naive"]["ratio"]) > float(steps["ours"]["ratio"])
 
 
+def test_profile_of_steps_by_kind_of_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "profile.csv"
+    assert profile.main([*own_backbone(), "--candidates", "ours", "--out", str(out)]) == 0
+    seconds = {(row["candidate"], row["kind"]): float(row["seconds"]) for row in results.read(out)}
+    assert list(seconds) == [(name, kind) for name in ("plain", "ours") for kind in profile.KINDS]
+    assert seconds["plain", "losses of PASSION"] == 0 < seconds["ours", "losses of PASSION"]
+    assert seconds["plain", "convolutions"] > 0 < seconds["ours", "optimizer"]
+    problem = own_problem(own_backbone())
+    several = [int(batch.mask.sum()) for batch in problem.batches if batch.mask.sum() > 1]
+    assert f"{sum(several) / len(problem.batches):.3g} students a step" in capsys.readouterr().out
+
+
+def test_profiles_are_of_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        profile.main([*own_backbone(), "--device", "cuda"])
+    assert "trace viewer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -403,9 +434,9 @@ def test_tables_and_picture_come_from_the_results(tmp_path: Path) -> None:
     texts = report.blocks(tmp_path, picture)
     assert picture.stat().st_size > 1000
     row = read(tmp_path / "losses.csv")["ours"]
-    assert f"{1e3 * float(row['seconds']):.3g} (" in texts["losses cpu"]
-    assert "| factory | 1x3x8x8 | 0.2 0.4 0.6 |" in texts["step cpu"]
-    assert texts["memory cpu"] == "Not yet measured."
+    assert f"{1e3 * float(row['seconds']):.3g} (" in texts["losses"]
+    assert "| factory | 1x3x8x8 | 0.2 0.4 0.6 |" in texts["step"]
+    assert texts["memory"] == "Not yet measured."
     assert texts["losses cuda"] == "Not yet measured on a GPU."
     assert "images/cost.png" in texts["plots"]
 
@@ -428,4 +459,4 @@ def test_check_fails_on_a_page_of_other_results(
 
 def test_unknown_markers_are_refused() -> None:
     with pytest.raises(ValueError, match="markers"):
-        report.filled("<!-- begin: other -->\n<!-- end: other -->", {"losses cpu": "text"})
+        report.filled("<!-- begin: other -->\n<!-- end: other -->", {"losses": "text"})
