@@ -109,5 +109,5 @@ def rarest(cell: Cell, subset: str, target: str) -> bool:
 def _rank(name: str) -> tuple[Any, ...]:
     recipe = parse_recipe(name)
     drawings = list(DRAWINGS)
-    plain = recipe.rule != "plain"
-    return plain, strategy_names().index(recipe.rule), drawings.index(recipe.drawing), str(recipe.overrides)
+    rule = recipe.rule != "plain", strategy_names().index(recipe.rule)
+    return *rule, drawings.index(recipe.drawing), recipe.slow, str(recipe.overrides)
