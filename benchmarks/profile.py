@@ -28,7 +28,6 @@ _PARTS_OF_NAMES = {
     "normalisation": ("norm",),
     "padding and interpolation": ("pad", "upsample"),
     "matrix products": ("mm", "linear", "attention"),
-    "optimizer": ("optimizer", "_fused_adam", "_foreach"),
 }
 
 KINDS = (_LOSSES, *_PARTS_OF_NAMES, _OTHER)
@@ -49,7 +48,6 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                     "candidate": name,
                     "kind": kind,
                     "seconds": f"{times[kind] / len(problem.batches):.4g}",
-                    "share": f"{times[kind] / times.total():.4g}",
                 }
 
 
