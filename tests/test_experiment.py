@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.backbones import UHeMISLike
 from examples.data import Cases, Cohort
 from examples.experiment import runner
 from examples.experiment.__main__ import main
@@ -22,6 +23,7 @@ from examples.experiment.cells import Cell, assignments, grid, parse_rates, shar
 from examples.experiment.recipes import parse_recipe
 from examples.experiment.store import Store, Study
 from examples.experiment.views import Batches, centred, predict_whole
+from examples.training import entropy_and_batch_dice
 from passion_plugin import PresenceTable, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.missing import all_subsets, subset_mask
@@ -119,7 +121,7 @@ class TestRecipes:
         for name in strategy_names():
             recipe = parse_recipe(name)
             assert (recipe.rule, recipe.drawing) == (name, "all")
-            assert (recipe.wrap(table(), None) is None) == (name == "plain")
+            assert (recipe.wrap(table(), None, entropy_and_batch_dice) is None) == (name == "plain")
 
     def test_short_names_and_drawings(self) -> None:
         assert (parse_recipe("even").rule, parse_recipe("even").drawing) == ("plain", "even")
@@ -137,6 +139,15 @@ class TestRecipes:
         assert parse_recipe("passion-official:eta=0.02").parameters["mode"] == "official"
         assert parse_recipe("ogm-ge:alpha=.8").parameters == {"alpha": 0.8, "noise": True}
 
+    def test_students_take_the_loss_of_the_network_where_that_is_asked_for(self) -> None:
+        for name, wanted in (("passion", None), ("passion:own_loss=True", entropy_and_batch_dice)):
+            recipe = parse_recipe(name)
+            wrapped = recipe.wrap(table(), None, entropy_and_batch_dice)
+            assert wrapped is not None
+            model = wrapped(UHeMISLike(("ct", "pet", "t1"), ndim=2))
+            assert model.passion.strategy.unimodal_loss is wanted
+            assert recipe.parameters["own_loss"] is (wanted is not None)
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [
@@ -149,6 +160,8 @@ class TestRecipes:
             ("passion:temperature=warm", "temperature must be a positive"),
             ("plain:temperature=2", "no hyper-parameter=value of plain"),
             ("ogm-ge:alpha=0", "alpha"),
+            ("passion:own_loss=dice", "own_loss is True or False"),
+            ("passion-official:own_loss=True", "False in official mode"),
         ],
     )
     def test_mistakes_are_named(self, name: str, message: str) -> None:

@@ -5,7 +5,8 @@
 Rules are those of :mod:`passion_plugin.strategies`. Drawings: ``all`` shows what a patient has, ``drop`` a random
 part of it, ``even`` every combination of modalities equally often. ``drop`` and ``even`` alone stand for
 ``plain@drop`` and ``plain@even``. ``+slow`` averages the weights over bursts of as many steps as there are
-combinations (:class:`~passion_plugin.strategies.SlowWeights`).
+combinations (:class:`~passion_plugin.strategies.SlowWeights`). ``own_loss=True`` beside PASSION trains its students
+with the loss of the whole network, in place of the paper's weighted cross-entropy and Dice.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from examples.experiment.views import DRAWINGS
 from passion_plugin import BackboneSpec, PassionConfig, PassionWrapper, PresenceTable
 from passion_plugin.errors import ConfigError, raise_problems, suggest
-from passion_plugin.strategies import named_strategy, passion_variant, strategy_names
+from passion_plugin.strategies import PassionRule, named_strategy, passion_variant, strategy_names
 
 __all__ = ["ALIASES", "Recipe", "parse_recipe"]
 
 ALIASES = {"drop": "plain@drop", "even": "plain@even"}
+_OWN_LOSS = "own_loss"
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,23 @@ class Recipe:
     parameters: dict[str, Any]
     overrides: dict[str, Any]
 
-    def wrap(self, presence: PresenceTable, spec: BackboneSpec | None) -> Callable[[nn.Module], PassionWrapper] | None:
-        """How to wrap the backbone, for :func:`examples.training.train`; None trains it as it is."""
+    def wrap(
+        self, presence: PresenceTable, spec: BackboneSpec | None, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[nn.Module], PassionWrapper] | None:
+        """How to wrap the backbone, for :func:`examples.training.train`; None trains it as it is.
+
+        Args:
+            presence: of the training patients.
+            spec: of the backbone; None: detected.
+            loss: of the whole network, logits and labels to a scalar.
+        """
         if self.rule == "plain":
             return None
         rule = _make(self.rule, self.overrides)
-        how: dict[str, Any] = {"config" if isinstance(rule, PassionConfig) else "strategy": rule}
+        how: dict[str, Any] = {"strategy": rule}
+        if isinstance(rule, PassionConfig):
+            students = loss if self.parameters[_OWN_LOSS] else None
+            how = {"config": rule, "strategy": PassionRule(unimodal_loss=students)}
         return lambda backbone: PassionWrapper(
             backbone, modalities=presence.modalities, presence=presence, spec=spec, **how
         )
@@ -88,7 +101,11 @@ def parse_recipe(name: str) -> Recipe:
         made = _make(rule, overrides)
     except ConfigError as error:
         raise ConfigError(f"strategy {name!r}: {error}") from error
-    parameters = made.as_dict() if isinstance(made, PassionConfig) else {**parameters, **overrides}
+    parameters = {**parameters, **overrides}
+    if isinstance(made, PassionConfig):
+        parameters = {**made.as_dict(), _OWN_LOSS: parameters[_OWN_LOSS]}
+        if parameters[_OWN_LOSS] not in ((False,) if made.mode == "official" else (False, True)):
+            raise ConfigError(f"strategy {name!r}: {_OWN_LOSS} is True or False, and False in official mode")
     return Recipe(rule, drawing, averaging == "slow", parameters, overrides)
 
 
@@ -96,7 +113,7 @@ def _defaults(rule: str) -> dict[str, Any]:
     """Hyper-parameters that a rule takes, with their defaults."""
     made = named_strategy(rule)
     if isinstance(made, PassionConfig):
-        return made.as_dict()
+        return {**made.as_dict(), _OWN_LOSS: False}
     # object.__init__ takes *args and **kwargs: a rule without hyper-parameters.
     found = inspect.signature(type(made)).parameters.values()
     return {each.name: each.default for each in found if each.default is not each.empty}
@@ -106,7 +123,8 @@ def _make(rule: str, overrides: dict[str, Any]) -> Any:
     """A rule, or the configuration of PASSION, with some hyper-parameters changed; one for each model."""
     made = named_strategy(rule)
     if isinstance(made, PassionConfig):
-        return passion_variant(rule, PassionConfig(**overrides))
+        configured = {key: value for key, value in overrides.items() if key != _OWN_LOSS}
+        return passion_variant(rule, PassionConfig(**configured))
     return type(made)(**overrides)
 
 

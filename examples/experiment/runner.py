@@ -20,7 +20,7 @@ from examples.experiment.cells import Cell
 from examples.experiment.recipes import parse_recipe
 from examples.experiment.store import Store, Study
 from examples.experiment.views import Batches, predict_whole
-from examples.training import train
+from examples.training import TASKS, train
 from passion_plugin import PresenceTable, __version__, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
@@ -114,7 +114,7 @@ def train_cell(
         batches,
         steps=study.steps,
         steps_per_epoch=max(1, len(presence) // cell.batch_size),
-        wrap=recipe.wrap(presence, spec),
+        wrap=recipe.wrap(presence, spec, TASKS[study.task]),
         lr=study.lr,
         task=study.task,
         name=cell.strategy,

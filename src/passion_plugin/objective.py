@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,26 @@ from torch import Tensor
 
 from passion_plugin.backbone.spec import Outputs
 from passion_plugin.config import PassionConfig
+from passion_plugin.errors import UsageError
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
 from passion_plugin.modulation import scale_gradient
 from passion_plugin.passes import Prediction
 from passion_plugin.students import Student
 from passion_plugin.targets import resize_labels
+from passion_plugin.validate import describe
 
-__all__ = ["LossTerms", "collect_terms", "differentiable", "distillation_terms", "passion_objective", "unimodal_loss"]
+__all__ = [
+    "LossTerms",
+    "UnimodalLoss",
+    "collect_terms",
+    "differentiable",
+    "distillation_terms",
+    "passion_objective",
+    "unimodal_loss",
+]
+
+UnimodalLoss = Callable[[Tensor, Tensor], Tensor]
+"""The user's own loss: logits (n, K, *spatial) and labels (n, *spatial) or masks give their mean or (n,) values."""
 
 _TERMS = ("pixel", "prototype", "distance", "unimodal")
 
@@ -78,6 +91,7 @@ def collect_terms(
     modalities: Sequence[str],
     config: PassionConfig,
     outputs: Outputs,
+    own_loss: UnimodalLoss | None = None,
 ) -> dict[str, Tensor]:
     """Compare every student with its teacher and sort the results into matrices.
 
@@ -88,6 +102,7 @@ def collect_terms(
         modalities: M names.
         config: hyper-parameters.
         outputs: ``"softmax"`` or ``"sigmoid"``.
+        own_loss: see :func:`unimodal_loss`.
 
     Returns:
         The fields ``pixel``, ``prototype``, ``distance`` and ``unimodal`` of :class:`LossTerms`, (B, M) each.
@@ -101,7 +116,7 @@ def collect_terms(
         target = labels if len(rows) == batch else labels.index_select(0, rows)
         values = (
             *distillation_terms(student.prediction, teacher.rows(rows).detached(), target, config, outputs),
-            unimodal_loss(student.prediction.logits, target, config, outputs),
+            unimodal_loss(student.prediction.logits, target, config, outputs, own_loss),
         )
         column = modalities.index(student.modality)
         for name, value in zip(_TERMS, values, strict=True):
@@ -153,9 +168,31 @@ def distillation_terms(
     return pixel, prototype, distance
 
 
-def unimodal_loss(logits: Tensor, labels: Tensor, config: PassionConfig, outputs: Outputs) -> Tensor:
-    """Return weighted cross-entropy plus Dice, (n,), of a prediction that saw one modality."""
+def unimodal_loss(
+    logits: Tensor, labels: Tensor, config: PassionConfig, outputs: Outputs, own_loss: UnimodalLoss | None = None
+) -> Tensor:
+    """Return the segmentation loss, (n,), of a prediction that saw one modality.
+
+    Args:
+        logits: (n, K, *spatial).
+        labels: (n, *spatial) or masks (n, K, *spatial), at any resolution.
+        config: mode and backend.
+        outputs: ``"softmax"`` or ``"sigmoid"``.
+        own_loss: the user's loss; None: weighted cross-entropy plus Dice. A scalar counts for each of the n samples.
+
+    Raises:
+        UsageError: ``own_loss`` gives anything but a scalar or (n,) numbers.
+    """
     labels = resize_labels(labels, tuple(logits.shape[2:]))
+    if own_loss is not None:
+        value: Any = own_loss(logits, labels)
+        size = len(logits)
+        if not isinstance(value, Tensor) or value.shape not in ((), (size,)) or not value.is_floating_point():
+            raise UsageError(
+                f"unimodal_loss gave {describe(value)} for logits {tuple(logits.shape)}; it must give a floating-point "
+                f"tensor, one number for all samples together () or one for each ({size},)"
+            )
+        return value.expand(size)
     return segmentation_loss(
         logits, labels, mode=config.mode, outputs=outputs, check_values=False, backend=config.backend
     )

@@ -14,7 +14,7 @@ from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
-from passion_plugin.objective import LossTerms, collect_terms, unimodal_loss
+from passion_plugin.objective import LossTerms, UnimodalLoss, collect_terms, unimodal_loss
 from passion_plugin.parallel import in_lockstep
 from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.plain_values import members
@@ -178,13 +178,20 @@ class TrainingStep:
             )
         return prepare_target(target, logits, self.bound.spec.outputs, self.image_size).to(logits.device)
 
-    def terms(self, labels: Tensor, config: PassionConfig, preference: PreferenceEstimator) -> LossTerms:
+    def terms(
+        self,
+        labels: Tensor,
+        config: PassionConfig,
+        preference: PreferenceEstimator,
+        own_loss: UnimodalLoss | None = None,
+    ) -> LossTerms:
         """Compare students with their teacher and with the target.
 
         Args:
             labels: from :meth:`labels`.
             config: hyper-parameters.
             preference: decides the gate; not updated.
+            own_loss: of the user, for the students; None: ours.
 
         Raises:
             BackboneError: ``unimodal_outputs`` of the spec does not give one prediction for each modality.
@@ -192,7 +199,7 @@ class TrainingStep:
         logits, spec = self.teacher.logits, self.bound.spec
         presence, active = self.presence.to(logits.device), self.active.to(logits.device)
         modalities = self.bound.modalities
-        matrices = collect_terms(self.teacher, self.students, labels, modalities, config, spec.outputs)
+        matrices = collect_terms(self.teacher, self.students, labels, modalities, config, spec.outputs, own_loss)
         supervised = active
         own = self._own_unimodal(config)
         if own is not None:

@@ -13,7 +13,7 @@ from passion_plugin.config import HOW_PASSES_RUN, PassionConfig
 from passion_plugin.errors import ConfigError, PassionWarning, UsageError
 from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
-from passion_plugin.objective import LossTerms, passion_objective
+from passion_plugin.objective import LossTerms, UnimodalLoss, passion_objective
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
@@ -40,6 +40,15 @@ class PassionRule(Strategy):
     and the weights :math:`\beta` are :class:`~passion_plugin.PreferenceEstimator`. All hyper-parameters are in the
     :class:`~passion_plugin.PassionConfig` of the engine; during its warm-up epochs :math:`\beta` rests.
 
+    Args:
+        unimodal_loss: :math:`S`, the segmentation loss of the students: a function that takes logits (n, K, *spatial)
+            and labels (n, *spatial), or masks for sigmoid outputs, and gives one number for all n samples or one for
+            each. The loss that the network is trained with anyway is a good choice. None: weighted cross-entropy plus
+            Dice, as in the paper.
+
+    Raises:
+        ConfigError: ``unimodal_loss`` cannot be called.
+
     Attributes:
         preference: the estimator, from :meth:`prepare` on.
     """
@@ -48,8 +57,15 @@ class PassionRule(Strategy):
     students = "trained"
     preference: PreferenceEstimator
 
+    def __init__(self, unimodal_loss: UnimodalLoss | None = None) -> None:
+        if unimodal_loss is not None and not callable(unimodal_loss):
+            raise ConfigError(f"unimodal_loss must be a function of logits and labels, got {unimodal_loss!r}")
+        self.unimodal_loss = unimodal_loss
+
     def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""
+        if self.unimodal_loss is not None and config.mode == "official":
+            raise ConfigError("unimodal_loss goes with mode='default': the official mode has the published code's loss")
         super().prepare(modalities, config, rarity)
         self.preference = PreferenceEstimator(
             self.modalities,
@@ -93,7 +109,7 @@ class PassionRule(Strategy):
 
     def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """Return the objective, and count the distances for the end of the epoch."""
-        terms = step.terms(labels, self.config, self.preference)
+        terms = step.terms(labels, self.config, self.preference, self.unimodal_loss)
         beta = self.preference.beta.to(terms.pixel.device)
         rarity = self.rarity.weights if self.config.rarity_weights else (1.0,) * len(self.modalities)
         loss = passion_objective(terms, rarity, beta, self.config, warming_up=self.warming_up)
@@ -126,7 +142,11 @@ class PassionRule(Strategy):
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration, without how passes are run; see :meth:`Strategy.settings`."""
-        return {key: value for key, value in self.config.as_dict().items() if key not in HOW_PASSES_RUN}
+        chosen = {key: value for key, value in self.config.as_dict().items() if key not in HOW_PASSES_RUN}
+        own = self.unimodal_loss
+        if own is None:
+            return chosen
+        return {**chosen, "unimodal_loss": getattr(own, "__qualname__", type(own).__name__)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the preference, which is all there is; see :meth:`Strategy.state_dict`."""
