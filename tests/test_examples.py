@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples import demo, three_lines
+from examples import demo, floors, three_lines
 from examples.backbones import BACKBONES, rfnet_spec
 from examples.backbones.blocks import keep_present
 from examples.backbones.uhemis_like import mean_and_variance
@@ -224,6 +224,31 @@ def test_held_out_patients_are_tested_and_all_others_trained_on(tmp_path: Path) 
         sts_slices(tmp_path / "known", 0, tmp_path / "known")
     with pytest.raises(ValueError, match=r"no \*\.npz files"):
         sts_slices(tmp_path / "known", 0, tmp_path)
+
+
+def test_a_floor_takes_the_threshold_of_the_training_patients() -> None:
+    truths = [torch.tensor([False, False, True, True]), torch.tensor([False, True, True, True])]
+    scores = [torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0.2, 0.6, 0.7, 0.9])]
+    assert floors.best_threshold(scores, truths, (0.3, 0.5, 0.8)) == 0.5
+    assert floors.dice(scores[0] > 0.8, truths[0]) == pytest.approx(2 / 3)
+    assert floors.dice(truths[0] & ~truths[0], truths[0] & ~truths[0]) == 1
+
+
+def test_a_floor_needs_no_network_and_sees_no_test_patient(tmp_path: Path) -> None:
+    outline = np.zeros((20, 13, 18), dtype=np.uint8)
+    outline[5:15, 4:9, 6:12] = 1
+    fake_sts(tmp_path)
+    for path in tmp_path.glob("*.npz"):
+        with np.load(path) as file:
+            stored = dict(file)
+        test = path.stem in ("sts_001", "sts_003")
+        moved = np.roll(outline, 10, axis=0) if test else outline
+        np.savez(path, **{**stored, "gtv": moved, "pet": 100 * moved.astype(np.uint8)})
+    found = floors.floors(tmp_path, 1)
+    # The shape of the training patients is elsewhere in the test patients, the uptake follows the tumour.
+    assert found["PET"] == 100
+    assert found["shape"] == 0
+    assert floors.floors(tmp_path, 0)["PET"] == 100
 
 
 @pytest.mark.data
