@@ -6,7 +6,7 @@ Rules are those of :mod:`passion_plugin.strategies`. Drawings: ``all`` shows wha
 part of it, ``even`` every combination of modalities equally often. ``drop`` and ``even`` alone stand for
 ``plain@drop`` and ``plain@even``. ``+slow`` averages the weights over bursts of as many steps as there are
 combinations (:class:`~passion_plugin.strategies.SlowWeights`). ``own_loss=True`` beside PASSION trains its students
-with the loss of the whole network, in place of the paper's weighted cross-entropy and Dice.
+with the loss of the whole network, in place of weighted cross-entropy and Dice.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class PassionRule(Strategy):
         unimodal_loss: :math:`S`, the segmentation loss of the students: a function that takes logits (n, K, *spatial)
             and labels (n, *spatial), or masks for sigmoid outputs, and gives one number for all n samples or one for
             each. The loss that the network is trained with anyway is a good choice. None: weighted cross-entropy plus
-            Dice, as in the paper.
+            Dice, as in the published code.
 
     Raises:
         ConfigError: ``unimodal_loss`` cannot be called.
