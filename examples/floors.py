@@ -11,8 +11,8 @@ Both floors are fitted on the training patients of each fold and scored on its t
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +21,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.data import Cases, sts_slices
+from passion_plugin.evaluation.metrics import dice_scores
 
-__all__ = ["best_threshold", "dice", "floors"]
+__all__ = ["best_threshold", "floors", "mean_dice"]
 
 _GRID = (32, 32, 32)
 _PART_OF_OUTLINES = np.arange(0.2, 0.8, 0.05)
 _UPTAKE = np.arange(0.6, 2.5, 0.05)  # of the PET channel, the root of the standardised uptake value
 
-Score = Callable[[int], Tensor]
 
-
-def dice(prediction: Tensor, truth: Tensor) -> float:
-    """Dice of two bool masks of one shape; 1 where both are empty."""
-    total = int(prediction.sum() + truth.sum())
-    return 2 * int((prediction & truth).sum()) / total if total else 1.0
+def mean_dice(scores: Sequence[Tensor], truths: Sequence[Tensor], threshold: float) -> float:
+    """Mean over cases of the Dice of the voxels above a threshold and the outline, bool; 1 where both are empty."""
+    pairs = [((score > threshold)[None, None], truth[None, None]) for score, truth in zip(scores, truths, strict=True)]
+    return float(np.mean([dice_scores(*pair, empty="one").item() for pair in pairs]))
 
 
 def best_threshold(scores: Sequence[Tensor], truths: Sequence[Tensor], thresholds: Sequence[float]) -> float:
     """The threshold above which the voxels of every case have the best mean Dice."""
-    return max(thresholds, key=lambda t: np.mean([dice(s > t, y) for s, y in zip(scores, truths, strict=True)]))
+    return max(thresholds, key=lambda threshold: mean_dice(scores, truths, threshold))
 
 
 def floors(folder: Path, fold: int) -> dict[str, float]:
@@ -55,7 +54,7 @@ def floors(folder: Path, fold: int) -> dict[str, float]:
     ):
         seen, new = ([score(cases[i]) for i in range(len(cases))] for cases in (cohort.train, cohort.test))
         threshold = best_threshold(seen, truths, thresholds.tolist())
-        found[name] = 100 * float(np.mean([dice(s > threshold, y) for s, y in zip(new, tests, strict=True)]))
+        found[name] = 100 * mean_dice(new, tests, threshold)
     return found
 
 
@@ -67,13 +66,16 @@ def _stretched(volume: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(volume[None, None], size=tuple(size), mode="trilinear")[0, 0]
 
 
-def main(folder: str) -> None:
+def main() -> None:
     """Print the floors of five folds and their means."""
-    rows = [floors(Path(folder), fold) for fold in range(5)]
+    command = argparse.ArgumentParser(prog="python -m examples.floors", description="Floors of the sarcoma folds.")
+    command.add_argument("folder", type=Path, help="the sarcoma patients, with index.json")
+    folder = command.parse_args().folder
+    rows = [floors(folder, fold) for fold in range(5)]
     for name in rows[0]:
         values = [row[name] for row in rows]
         print(f"{name}: {np.mean(values):.1f} (by fold {', '.join(f'{value:.1f}' for value in values)})")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

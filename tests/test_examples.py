@@ -230,8 +230,8 @@ def test_a_floor_takes_the_threshold_of_the_training_patients() -> None:
     truths = [torch.tensor([False, False, True, True]), torch.tensor([False, True, True, True])]
     scores = [torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0.2, 0.6, 0.7, 0.9])]
     assert floors.best_threshold(scores, truths, (0.3, 0.5, 0.8)) == 0.5
-    assert floors.dice(scores[0] > 0.8, truths[0]) == pytest.approx(2 / 3)
-    assert floors.dice(truths[0] & ~truths[0], truths[0] & ~truths[0]) == 1
+    assert floors.mean_dice(scores, truths, 0.5) == 1
+    assert floors.mean_dice(scores, truths, 0.8) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_a_floor_needs_no_network_and_sees_no_test_patient(tmp_path: Path) -> None:
