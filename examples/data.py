@@ -51,7 +51,7 @@ class Cohort:
     """Patients of one study, split into training and test.
 
     Attributes:
-        name: for titles.
+        name: for titles; the same for all folds of one study in an experiment.
         modalities: names, in the order of the image channels.
         classes: names of the labels 0..K-1.
         regions: what is scored: name to labels.
@@ -251,11 +251,16 @@ def sts_slices(folder: Path, fold: int = 0, held_out: Path | None = None) -> Coh
     Args:
         folder: the patients.
         fold: which of them are the test set.
-        held_out: a folder of other patients to test on instead; all those in ``folder`` are trained on then.
+        held_out: a folder of others to test on instead; all in ``folder`` are trained on then, whatever the fold.
+
+    Raises:
+        ValueError: there is no such fold, or no held-out patient, or one that is in both folders.
     """
-    train, test = _sts_folds(folder, fold)
-    paths = {name: folder / f"{name}.npz" for name in (*train, *test)}
-    if held_out is not None:
+    if held_out is None:
+        train, test = _sts_folds(folder, fold)
+        paths = {name: folder / f"{name}.npz" for name in (*train, *test)}
+    else:
+        paths = {name: folder / f"{name}.npz" for name in _sts_subjects(folder)}
         others = {path.stem: path for path in sorted(held_out.glob("*.npz"))}
         if both := sorted(set(others) & set(paths)):
             raise ValueError(f"{', '.join(both[:3])} are in both folders; held-out patients must be others")
@@ -286,10 +291,14 @@ def sts_slices(folder: Path, fold: int = 0, held_out: Path | None = None) -> Coh
     )
 
 
+def _sts_subjects(folder: Path) -> dict[str, Any]:
+    """What ``index.json`` says about each patient, in the order of their names."""
+    return dict(sorted(json.loads((folder / "index.json").read_text())["subjects"].items()))
+
+
 def _sts_folds(folder: Path, fold: int) -> tuple[list[str], list[str]]:
     """Training and test patients of one fold."""
-    subjects = json.loads((folder / "index.json").read_text())["subjects"]
-    folds = {name: int(entry["fold"]) for name, entry in sorted(subjects.items())}
+    folds = {name: int(entry["fold"]) for name, entry in _sts_subjects(folder).items()}
     if fold not in folds.values():
         known = sorted(set(folds.values()))
         raise ValueError(f"fold {fold} is not in {folder / 'index.json'}; it has {known}.")

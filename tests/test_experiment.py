@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,10 @@ class TestCells:
     def test_named_rates_may_come_in_any_order(self) -> None:
         assert parse_rates("t1=.5,ct=.2,pet=.8", MODALITIES) == {"ct": 0.2, "pet": 0.8, "t1": 0.5}
 
-    @pytest.mark.parametrize("text", [".2,.5", "ct=.2,pet=.8", "ct=.2,pat=.8,t1=.1", "a,b,c", "ct=.2,.5,.8"])
+    @pytest.mark.parametrize(
+        "text",
+        [".2,.5", "ct=.2,pet=.8", "ct=.2,pat=.8,t1=.1", "a,b,c", "ct=.2,.5,.8", "ct=.2,ct=.3,t1=.5", "ct=.2,pet=,t1=1"],
+    )
     def test_rates_that_do_not_fit_are_refused(self, text: str) -> None:
         with pytest.raises(ConfigError, match="rates"):
             parse_rates(text, MODALITIES)
@@ -109,6 +113,7 @@ class TestCells:
         assert sorted(cell.key for part in parts for cell in part) == sorted(cell.key for cell in cells)
         blocks = [{cell.block for cell in part} for part in parts]
         assert not any(a & b for a, b in itertools.combinations(blocks, 2))
+        assert all({cell.backbone for cell in part} == {"uhemis", "rfnet"} for part in parts)
 
     def test_keys_tell_apart_what_file_names_cannot(self) -> None:
         keys = {Cell("uhemis", "ct=0.2", 0, 0, 2, name).key for name in ("a:b", "a_b", "a/b", "a" * 300)}
@@ -380,6 +385,51 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             main([*COMMAND, *change])
         assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (["--steps", "-1"], "-1 is not 1 or more"),
+            (["--patch", "0"], "0 is not 1 or more"),
+            (["--patch", "8"], "network 'uhemis' with --widths [4, 4, 4, 4] and --patch 8"),
+            (["--backbone", "mmformer", "--widths", "4", "6"], "network 'mmformer' with --widths [4, 6]"),
+        ],
+    )
+    def test_sizes_that_cannot_be_trained(
+        self, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            main([*COMMAND, *change])
+        assert message in capsys.readouterr().err
+
+    def test_folds_are_looked_at_before_anything_is_trained(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def changing(fold: int = 0) -> Cohort:
+            return replace(cohort(fold), name=f"boxes, fold {fold}", primary=("rim",))
+
+        monkeypatch.setattr("tests.test_experiment.cohort", changing)
+        with pytest.raises(SystemExit):
+            main([*COMMAND, "--results", str(tmp_path), "--folds", "0", "1"])
+        message = capsys.readouterr().err
+        assert "folds 0 and 1 of the data differ in name" in message
+        assert "primary region 'rim'" in message
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_keeps_its_patients(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = [*COMMAND, "--results", str(tmp_path)]
+        main(command)
+        monkeypatch.setattr("tests.test_experiment.cohort", lambda fold=0: cohort(fold + 1))
+        for packed in (False, True):
+            if packed:
+                Store(tmp_path).pack()
+                for path in tmp_path.glob("cells/*"):
+                    path.unlink()
+            with pytest.raises(SystemExit):
+                main(command)
+            assert "on other patients than those given now" in capsys.readouterr().err
 
     def test_a_folder_keeps_its_settings(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main([*COMMAND, "--results", str(tmp_path), "--strategies", "plain"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -17,7 +18,7 @@ from examples.experiment.store import Store, Study
 from examples.experiment.views import DRAWINGS
 from examples.training import TASKS
 from passion_plugin import draw_presence
-from passion_plugin.errors import ConfigError, PassionError, raise_problems, suggest
+from passion_plugin.errors import ConfigError, PassionError, raise_problems, short, suggest
 from passion_plugin.strategies import strategy_names
 
 __all__ = ["main", "parser"]
@@ -43,17 +44,17 @@ def parser() -> argparse.ArgumentParser:
     add("--held-out", metavar="FOLDER", help="test on these patients instead, train on all of --data (sarcoma files)")
     add("--folds", nargs="+", type=int, default=[0])
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--batch-size", nargs="+", type=int, help="several are several cells (default: the data's own)")
-    add("--steps", type=int, help="optimizer steps of every training (default: the data's own)")
-    add("--patch", type=int, help="voxels of a training patch per axis (default: the data's own)")
+    add("--batch-size", nargs="+", type=_positive, help="several are several cells (default: the data's own)")
+    add("--steps", type=_positive, help="optimizer steps of every training (default: the data's own)")
+    add("--patch", type=_positive, help="voxels of a training patch per axis (default: the data's own)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
-    add("--widths", nargs="+", type=int, help="channels of the networks by level (default: the data's own)")
+    add("--widths", nargs="+", type=_positive, help="channels of the networks by level (default: the data's own)")
     add("--loss", choices=TASKS, default="ce+dice", help="the user's own loss (default: ce+dice)")
     add("--no-hd95", action="store_true", help="Dice only")
     add("--no-models", action="store_true", help="do not keep trained weights (needed for overlays)")
     add("--device", default="cpu")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
-    add("--shard", default="1/1", metavar="I/N", help="every N-th block of cells, beginning with the I-th (from 1)")
+    add("--threads", type=_positive, help="CPU threads (default: PyTorch's own choice)")
+    add("--shard", default="1/1", metavar="I/N", help="every N-th draw of what is missing, from the I-th (from 1)")
     return result
 
 
@@ -76,11 +77,24 @@ def _run(options: argparse.Namespace) -> int:
     def cohort_of(fold: int) -> Cohort:
         return runner.load(options.data, fold, options.held_out)
 
-    cohort = cohort_of(options.folds[0])
+    # All folds now, so that none is found missing after hours of training.
+    studies = {fold: _study(cohort_of(fold), options) for fold in options.folds}
+    cohort, study = cohort_of(options.folds[0]), studies[options.folds[0]]
     rates = [parse_rates(text, cohort.modalities) for text in options.rates or []] or [dict(cohort.missing_rates)]
     for each in rates:
         draw_presence(cohort.train.ids, each, seed=0)  # refuses what cannot be drawn
-    problems = [f"no network {name!r}.{suggest(name, BACKBONES)}" for name in options.backbone if name not in BACKBONES]
+    problems = []
+    for fold, other in studies.items():
+        changed = [name for name, value in asdict(study).items() if asdict(other)[name] != value]
+        if changed:
+            problems.append(f"folds {options.folds[0]} and {fold} of the data differ in {', '.join(changed)}")
+    for name in study.primary:
+        if name not in study.regions:
+            problems.append(
+                f"the primary region {name!r} of the data is none of its regions.{suggest(name, study.regions)}"
+            )
+    for name in options.backbone:
+        problems += _network_problems(name, study)
     for name in options.strategies:
         try:
             parse_recipe(name)
@@ -98,7 +112,19 @@ def _run(options: argparse.Namespace) -> int:
         batch_sizes=options.batch_size or [cohort.batch_size],
         strategies=options.strategies,
     )
-    study = Study(
+    return runner.run(
+        shard(cells, int(part), int(parts)),
+        cohort_of,
+        study,
+        Store(options.results),
+        device=options.device,
+        keep_models=not options.no_models,
+    )
+
+
+def _study(cohort: Cohort, options: argparse.Namespace) -> Study:
+    """What all cells share, by one fold of the data and the command line."""
+    return Study(
         name=cohort.name,
         credit=cohort.credit,
         modalities=list(cohort.modalities),
@@ -115,14 +141,28 @@ def _run(options: argparse.Namespace) -> int:
         primary=list(cohort.primary),
         held_out=options.held_out is not None,
     )
-    return runner.run(
-        shard(cells, int(part), int(parts)),
-        cohort_of,
-        study,
-        Store(options.results),
-        device=options.device,
-        keep_models=not options.no_models,
-    )
+
+
+def _network_problems(name: str, study: Study) -> list[str]:
+    """Say why a network cannot be trained on patches of this size, by a first pass; empty when it can."""
+    if name not in BACKBONES:
+        return [f"no network {name!r}.{suggest(name, BACKBONES)}"]
+    count = len(study.modalities)
+    try:
+        model = BACKBONES[name](tuple(study.modalities), len(study.classes), ndim=study.ndim, widths=study.widths)
+        with torch.no_grad():
+            model(torch.zeros(1, count, *[study.patch] * study.ndim), torch.ones(1, count, dtype=torch.bool))
+    except (RuntimeError, ValueError) as error:
+        return [f"network {name!r} with --widths {study.widths} and --patch {study.patch}: {short(error)}"]
+    return []
+
+
+def _positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
 
 
 if __name__ == "__main__":

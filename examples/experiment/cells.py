@@ -58,19 +58,22 @@ def parse_rates(text: str, modalities: Sequence[str]) -> dict[str, float]:
         ConfigError: they are no numbers or not those of ``modalities``.
     """
     parts = text.split(",")
-    named = [part.partition("=") for part in parts]
-    try:
-        if all(equals for _, equals, _ in named):
-            rates = {name.strip(): float(rate) for name, _, rate in named}
-        else:
-            rates = dict(zip(modalities, map(float, parts), strict=True))
-    except ValueError as error:
-        raise ConfigError(f"rates {text!r}: {error}; give one number for each of {', '.join(modalities)}") from error
-    for name in rates:
+    named = [tuple(part.strip() for part in part.partition("=")) for part in parts]
+    wanted = f"give one number for each of {', '.join(modalities)}"
+    if not all(equals for _, equals, _ in named):
+        named = [(name, "=", part) for name, part in zip(modalities, parts, strict=False)]
+        if len(parts) != len(modalities) or "=" in text:
+            raise ConfigError(f"rates {text!r}: {wanted}, in this order or all with their names")
+    names = [name for name, _, _ in named]
+    for name in names:
         if name not in modalities:
             raise ConfigError(f"rates {text!r}: unknown modality {name!r}.{suggest(name, modalities)}")
-    if set(rates) != set(modalities):
-        raise ConfigError(f"rates {text!r}: give a rate for each of {', '.join(modalities)}")
+    if sorted(names) != sorted(modalities):
+        raise ConfigError(f"rates {text!r}: {wanted}, each once")
+    try:
+        rates = {name: float(rate) for name, _, rate in named}
+    except ValueError as error:
+        raise ConfigError(f"rates {text!r}: {error}; {wanted}") from error
     return {name: rates[name] for name in modalities}
 
 
@@ -106,6 +109,10 @@ def grid(
 
 
 def shard(cells: Sequence[Cell], part: int, parts: int) -> list[Cell]:
-    """Every ``parts``-th block, beginning with number ``part`` (from 1); blocks are not divided."""
-    blocks = {block: number for number, block in enumerate(dict.fromkeys(cell.block for cell in cells))}
-    return [cell for cell in cells if blocks[cell.block] % parts == part - 1]
+    """The cells of every ``parts``-th draw of what is missing, beginning with number ``part`` (from 1).
+
+    Each part has all networks and strategies, so that parts take about as long as each other.
+    """
+    draws = [(cell.seed, cell.fold, cell.assignment) for cell in cells]
+    numbers = {draw: number for number, draw in enumerate(dict.fromkeys(draws))}
+    return [cell for cell, draw in zip(cells, draws, strict=True) if numbers[draw] % parts == part - 1]

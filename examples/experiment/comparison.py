@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from examples.experiment.cells import Cell
 from examples.experiment.recipes import parse_recipe
-from examples.experiment.stats import Scores, Select
+from examples.experiment.stats import Scores, Select, by_patient
 from examples.experiment.store import Store, Study
 from examples.experiment.views import DRAWINGS
+from passion_plugin.errors import ConfigError, suggest
 from passion_plugin.missing import all_subsets, subset_name
 from passion_plugin.strategies import strategy_names
 
@@ -34,11 +35,24 @@ class Comparison:
     _scores: dict[str, Scores] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def read(cls, store: Store, focus: str = "passion") -> Comparison:
-        """Read a folder; without ``focus`` in it the last strategy takes its place."""
-        comparison = cls(store.study(), store.records(), focus)
+    def read(cls, store: Store, focus: str | None = None) -> Comparison:
+        """Read a folder.
+
+        Args:
+            store: the folder.
+            focus: the strategy that is compared with the others; None: ``"passion"``, or the last where that was not
+                run.
+
+        Raises:
+            ConfigError: the folder holds no experiment, or ``focus`` was not run there.
+        """
+        comparison = cls(store.study(), store.records())
         names = comparison.strategies
-        return comparison if focus in names or not names else cls(comparison.study, comparison.records, names[-1])
+        if focus is None:
+            focus = "passion" if "passion" in names or not names else names[-1]
+        elif focus not in names:
+            raise ConfigError(f"{store.folder} has no strategy {focus!r}.{suggest(focus, names)}")
+        return replace(comparison, focus=focus)
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -70,15 +84,28 @@ class Comparison:
         """All but the focus."""
         return [name for name in self.strategies if name != self.focus]
 
+    def best_other(self, group: tuple[str, int]) -> str | None:
+        """The rule beside PASSION that the focus gains least on, of those that were run as often as any."""
+        rules = [name for name in self.others if not parse_recipe(name).rule.startswith("passion")]
+        found = {name: by_patient(self.scores().difference(self.focus, name, self.within(group))) for name in rules}
+        most = max((gain.runs for gain in found.values()), default=0)
+        candidates = [name for name, gain in found.items() if gain.runs == most and gain.units]
+        return min(candidates, key=lambda name: found[name].mean, default=None)
+
     def scores(self, metric: str = "dice") -> Scores:
         """All scores of one metric."""
         if metric not in self._scores:
             self._scores[metric] = Scores(self.records, metric)
         return self._scores[metric]
 
+    @property
+    def primary(self) -> list[str]:
+        """The targets whose mean is meant where none is named."""
+        return list(self.study.primary or self.study.regions)
+
     def within(self, group: tuple[str, int], select: Select | None = None, *, target: str | None = None) -> Select:
-        """Restrict a selection to one network and batch size, and to one target or those that the study is about."""
-        targets = {target} if target else set(self.study.primary or self.study.regions)
+        """Restrict a selection to one network and batch size, and to one target or the primary ones."""
+        targets = {target} if target else set(self.primary)
         return lambda cell, subset, name: (
             (cell.backbone, cell.batch_size) == group
             and name in targets
@@ -92,8 +119,8 @@ class Comparison:
 
     @property
     def about(self) -> str:
-        """The targets whose mean is meant where none is named."""
-        return ", ".join(self.study.primary or self.study.regions)
+        """Names of the primary targets."""
+        return ", ".join(self.primary)
 
     def label(self, group: tuple[str, int]) -> str:
         """Network, with the batch size where there are several."""
@@ -102,8 +129,8 @@ class Comparison:
 
 
 def rarest(cell: Cell, subset: str, target: str) -> bool:
-    """Selects the modality alone that is missing most often."""
-    return subset == max(cell.rates, key=lambda name: cell.rates[name])
+    """Selects the modality alone that is missing most often; each of them where several are."""
+    return cell.rates.get(subset) == max(cell.rates.values())
 
 
 def _rank(name: str) -> tuple[Any, ...]:

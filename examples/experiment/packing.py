@@ -24,7 +24,7 @@ from typing import Any
 
 from examples.experiment.cells import Cell
 
-__all__ = ["pack", "unpack"]
+__all__ = ["Record", "pack", "unpack"]
 
 Record = dict[str, Any]
 
@@ -100,7 +100,9 @@ def unpack(folder: Path) -> dict[str, Record]:
     return records
 
 
-_TEXT = frozenset(("backbone", "assignment", "strategy", "missing", "status", "device", "package", "torch", "python"))
+_TEXT = frozenset(
+    ("backbone", "assignment", "strategy", "missing", "patients", "status", "device", "package", "torch", "python")
+)
 """Columns that are text even if they look like a number."""
 
 

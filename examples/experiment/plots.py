@@ -45,7 +45,9 @@ def gain_by_rate(of: Comparison, path: Path) -> None:
             mean, low, high = (100 * np.array([gain[i] for gain in found.values()]) for i in range(3))
             # Beside each other, where several modalities share a rate.
             at = np.array(list(found)) + 0.008 * (m - (len(of.study.modalities) - 1) / 2)
-            axes.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, color=COLOURS[m], label=name)
+            # Where all patients gain alike, rounding may put a bound on the other side of the mean.
+            bars = np.maximum([mean - low, high - mean], 0)
+            axes.errorbar(at, mean, bars, marker="o", capsize=3, color=COLOURS[m], label=name)
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set(xlabel="missing rate in training", title=of.label(group))
     rows[0].set_ylabel(f"Dice, {of.focus} − {of.baseline} (points)")
@@ -59,6 +61,8 @@ def heat_map(of: Comparison, path: Path) -> None:
     present = {
         group: [name for name in of.strategies if of.scores().level(name, of.within(group))] for group in of.groups
     }
+    # Where every training of a network failed there is nothing to show.
+    present = {group: names for group, names in present.items() if names}
     heights = [len(names) + 2 for names in present.values()]
     figure = new_figure(figsize=(3.5 + 0.5 * len(of.subsets), 1 + 0.24 * sum(heights)))
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -115,7 +119,8 @@ PLOTS: Mapping[str, Callable[[Comparison, Path], None]] = {
 def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], path: Path) -> bool:
     """The patients that lose and gain most with the focus, from the rarest modality alone and from all of them.
 
-    Patients are chosen by their mean over all trainings of the first network; shown is one training.
+    Patients are chosen by their gain on the rarest modality alone, mean over all trainings of the first network, among
+    those tested in a fold whose weights are at hand; shown is one training.
 
     Args:
         of: the experiment.
@@ -127,7 +132,7 @@ def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], p
         Whether there were weights to predict with; without them nothing is drawn.
     """
     group = of.groups[0]
-    changes = patient_means(of.scores().difference(of.focus, of.baseline, of.within(group, rarest)))
+    samples = of.scores().difference(of.focus, of.baseline, of.within(group, rarest))
     cells = {cell: cell.block for cell in of.cells if store.model_path(cell).is_file()}
     pairs = {
         cell.fold: (other, cell)
@@ -136,27 +141,29 @@ def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], p
         if cell.strategy == of.focus and other.strategy == of.baseline
         if cell.block == other.block and (cell.backbone, cell.batch_size) == group
     }
-    changes = {unit: change for unit, change in changes.items() if unit[0] in pairs}
+    folds = {sample.patient: sample.fold for sample in samples if sample.fold in pairs}
+    changes = {patient: change for patient, change in patient_means(samples).items() if patient in folds}
     if not changes:
         return False
-    chosen = {"worst": min(changes, key=lambda u: changes[u]), "best": max(changes, key=lambda u: changes[u])}
+    chosen = {"worst": min(changes, key=lambda p: changes[p]), "best": max(changes, key=lambda p: changes[p])}
     columns = ["image", "truth", of.baseline, of.focus]
     figure = new_figure(figsize=(2.1 * len(columns), 8.4))
     grid = figure.subplots(4, len(columns), squeeze=False)
-    for row, (title, unit) in enumerate(chosen.items()):
-        cohort = cohort_of(unit[0])
-        index = [str(name) for name in cohort.test.ids].index(unit[1])
+    for row, (title, patient) in enumerate(chosen.items()):
+        pair = pairs[folds[patient]]
+        cohort = cohort_of(folds[patient])
+        index = [str(name) for name in cohort.test.ids].index(patient)
         item: dict[str, Any] = dict(cohort.test[index])
-        pair = pairs[unit[0]]
         rare = max(pair[0].rates, key=lambda name: pair[0].rates[name])
         alone = torch.tensor([name == rare for name in cohort.modalities])
-        z = best_slice(item["label"])
-        background = item["image"][cohort.modalities.index(rare)][z]
+        # Of an image that is a slice already, all is shown.
+        shown_part = best_slice(item["label"]) if item["label"].ndim == 3 else ...
+        background = item["image"][cohort.modalities.index(rare)][shown_part]
         for line, what, mask in zip(grid[2 * row : 2 * row + 2], (rare, "all"), (alone, alone | True), strict=True):
             labels = [_segmented(of, store, cohort, cell, item["image"], mask) for cell in pair]
             for axes, shown in zip(line, (None, item["label"], *labels), strict=True):
-                draw_case(axes, background, None if shown is None else shown[z])
-            line[0].set_ylabel(f"{title} ({100 * changes[unit]:+.0f}): {unit[1]}\nfrom {what}", fontsize=8)
+                draw_case(axes, background, None if shown is None else shown[shown_part])
+            line[0].set_ylabel(f"{title} ({100 * changes[patient]:+.0f}): {patient}\nfrom {what}", fontsize=8)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=10)
     label_legend(figure, dict(enumerate(of.study.classes)))

@@ -42,17 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--results", nargs="+", required=True, type=Path, help="folders of results")
     add("--out", type=Path, default=Path("docs"), help="folder of results.md and images/ (default: docs)")
-    add("--focus", default="passion", help="the strategy that is compared with the others (default: passion)")
+    add("--focus", help="the strategy that is compared with the others (default: passion)")
     add("--table", choices=TABLES, help="only print this table")
     add("--data", help="--data of the run, to predict and draw patients (needs the trained weights)")
+    add("--held-out", metavar="FOLDER", help="--held-out of the run")
     options = parser.parse_args(arguments)
     try:
         stores = {folder.resolve().name: Store(folder) for folder in options.results}
+        if len(stores) < len({folder.resolve() for folder in options.results}):
+            raise ConfigError("two folders of results have the same name, by which a page refers to them; rename one")
         if options.table:
             for store in stores.values():
                 print(TABLES[options.table](Comparison.read(store, options.focus)))
             return 0
-        cohort_of = (lambda fold: load(options.data, fold)) if options.data else None
+        cohort_of = (lambda fold: load(options.data, fold, options.held_out)) if options.data else None
         return report(stores, options.out, focus=options.focus, cohort_of=cohort_of)
     except ConfigError as error:
         parser.error(str(error))
@@ -62,7 +65,7 @@ def report(
     stores: Mapping[str, Store],
     out: Path,
     *,
-    focus: str = "passion",
+    focus: str | None = None,
     cohort_of: Callable[[int], Cohort] | None = None,
     draw: bool = True,
 ) -> int:
@@ -71,7 +74,8 @@ def report(
     Args:
         stores: folders of results by name.
         out: folder of the page.
-        focus: the strategy that is compared with the others, where the page names none.
+        focus: the strategy that is compared with the others, where the page names none; see
+            :meth:`Comparison.read`.
         cohort_of: the cohort of a fold, for pictures of patients.
         draw: False leaves pictures and results as they are and only writes the page.
 
@@ -111,7 +115,7 @@ def report(
     return len(marked)
 
 
-def _parts(name: str, focus: str) -> tuple[str, str, str]:
+def _parts(name: str, focus: str | None) -> tuple[str, str, str | None]:
     """Study, table and focus of a block."""
     study, item, own = (*name.split(" "), "", "")[:3]
     return study, item, own or focus

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
 from passion_plugin.strategies import SlowWeights
 
-__all__ = ["load", "presence_of", "run", "train_cell"]
+__all__ = ["load", "patients_of", "presence_of", "run", "train_cell"]
 
 _EPOCHS_KEPT = 15
 _PHANTOMS = {"phantom": (32, 12, 40), "phantom-tiny": (4, 2, 16)}
@@ -51,10 +53,13 @@ def load(data: str, fold: int, held_out: str | None = None) -> Cohort:
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(f"--held-out {held_out!r} with --data {data!r}: {error}") from error
     if data in _PHANTOMS:
-        return phantom_cohort(fold, *_PHANTOMS[data])
+        return replace(phantom_cohort(fold, *_PHANTOMS[data]), name=data)
     folder = Path(data)
     if (folder / "index.json").is_file():
-        return sts_slices(folder, fold)
+        try:
+            return sts_slices(folder, fold)
+        except ValueError as error:
+            raise ConfigError(f"--data {data!r}: {error}") from error
     if any(folder.glob("ms_*.npz")):
         return ms4_cohort(folder)
     module, colon, name = data.partition(":")
@@ -75,6 +80,12 @@ def presence_of(cohort: Cohort, cell: Cell) -> PresenceTable:
     digits = [round(1000 * rate) for rate in cell.rates.values()]
     seed = int(np.random.SeedSequence((cell.fold, cell.seed, *digits)).generate_state(1)[0])
     return draw_presence(cohort.train.ids, cell.rates, seed=seed, modalities=cohort.modalities)
+
+
+def patients_of(cohort: Cohort) -> str:
+    """A digest of the names of training and test patients, by which the results of others are told apart."""
+    names = "\n".join([*map(str, cohort.train.ids), "", *map(str, cohort.test.ids)])
+    return hashlib.sha1(names.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def train_cell(
@@ -129,6 +140,7 @@ def train_cell(
         "run": {
             "status": "ok",
             "missing": ",".join(f"{name}={rate:.4g}" for name, rate in presence.missing_rates.items()),
+            "patients": patients_of(cohort),
             "training_seconds": round(seconds, 2),
             "steps": study.steps,
             "patch": study.patch,
@@ -208,6 +220,9 @@ def run(
 
     Returns:
         How many cells were trained.
+
+    Raises:
+        ConfigError: the folder holds results with other settings or of other patients.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -217,11 +232,10 @@ def run(
     with tqdm(cells, desc="cells", unit="cell", smoothing=0.1) as bar:
         for cell in bar:
             # Looked up now and not in advance: another process may have finished it meanwhile.
-            if store.has(cell):
+            cohort = cohort_of(cell.fold)
+            if store.has(cell, patients_of(cohort)):
                 continue
-            record = run_cell(
-                cell, cohort_of(cell.fold), study, store, device=device, keep_models=keep_models, quiet=True
-            )
+            record = run_cell(cell, cohort, study, store, device=device, keep_models=keep_models, quiet=True)
             trained += 1
             dice = [score[4] for score in record["scores"] if score[3] == "dice" and score[4] is not None]
             facts = record["run"]

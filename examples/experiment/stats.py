@@ -2,8 +2,9 @@ r"""Paired differences between strategies, with intervals over patients.
 
 Two strategies of one block (same network, assignment, fold, seed, batch size) differ in the strategy alone, and are
 compared patient by patient. What is averaged first: subsets and targets of a patient in a block, then the blocks of
-the patient; patients are the independent units. Intervals are percentiles of a bootstrap that draws patients with
-replacement within each fold, because those of one fold share their trained networks.
+the patient; patients are the independent units, however many folds tested them. Intervals are percentiles of a
+bootstrap that draws patients with replacement within each fold, because those of one fold share their trained
+networks.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ __all__ = ["Interval", "Sample", "Scores", "bootstrap", "by_patient", "by_run"]
 Select = Callable[[Cell, str, str], bool]
 """Whether to use a score: (cell, subset, target) -> bool."""
 
+_FEWEST = 5
+"""Units that an interval takes; of fewer, percentiles of a bootstrap tell little more than least and greatest."""
+
 
 class Interval(NamedTuple):
     """A mean with its 95 % interval.
 
     Attributes:
         mean: over units; NaN when there are none.
-        low: 2.5th percentile of the bootstrap; NaN with a single unit.
+        low: 2.5th percentile of the bootstrap; NaN with fewer than five units.
         high: 97.5th percentile.
         units: number of independent units, patients or pairs of fold and seed.
         runs: number of trainings behind it (of each strategy, for a difference).
@@ -98,8 +102,10 @@ class Scores:
 
 def by_patient(samples: Sequence[Sample]) -> Interval:
     """Mean over patients of each patient's mean over blocks; patients are drawn within their folds."""
-    means = patient_means(samples)
-    return _interval(samples, means, strata={unit: unit[0] for unit in means})
+    folds: dict[str, int] = {}
+    for sample in samples:
+        folds[sample.patient] = min(sample.fold, folds.get(sample.patient, sample.fold))
+    return _interval(samples, patient_means(samples), strata=folds)
 
 
 def by_run(samples: Sequence[Sample]) -> Interval:
@@ -108,42 +114,49 @@ def by_run(samples: Sequence[Sample]) -> Interval:
     return _interval(samples, means, strata=dict.fromkeys(means, 0))
 
 
-def patient_means(samples: Sequence[Sample]) -> dict[tuple[int, str], float]:
-    """Mean over blocks of every patient, by (fold, patient)."""
-    return _means(((sample.fold, sample.patient), sample.value) for sample in samples)
+def patient_means(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean over blocks of every patient."""
+    return _means((sample.patient, sample.value) for sample in samples)
 
 
 def bootstrap(
     values: Sequence[float], strata: Sequence[Any], *, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean, drawing with replacement within each stratum.
+    r"""95 % percentile interval of the mean, drawing with replacement within each stratum.
+
+    Drawing :math:`n` from :math:`n` values gives a variance that is too small by :math:`(n-1)/n`, which matters where
+    strata are small. Deviations from the mean of a stratum are scaled by :math:`\sqrt{n/(n-1)}` for that (Rao and Wu,
+    JASA 1988, doi:10.1080/01621459.1988.10478591). A stratum of one value says nothing about its spread: where there
+    is one, strata are not told apart.
 
     Args:
-        values: one for each independent unit.
+        values: one for each independent unit, two at least.
         strata: which group each belongs to.
         draws: repetitions.
         seed: same seed, same interval.
     """
     random = np.random.default_rng(seed)
-    totals = np.zeros(draws)
     array = np.asarray(values, dtype=np.float64)
-    labels = np.asarray([list(dict.fromkeys(strata)).index(stratum) for stratum in strata])
+    _, labels, sizes = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
+    if sizes.min() == 1:
+        labels = np.zeros_like(labels)
+    totals = np.full(draws, array.sum())
     for label in np.unique(labels):
         members = array[labels == label]
-        totals += members[random.integers(len(members), size=(draws, len(members)))].sum(axis=1)
+        size = len(members)
+        deviations = (members - members.mean())[random.integers(size, size=(draws, size))].sum(axis=1)
+        totals += deviations * np.sqrt(size / (size - 1))
     low, high = np.percentile(totals / len(array), [2.5, 97.5])
     return float(low), float(high)
 
 
 def _interval(samples: Sequence[Sample], means: Mapping[Any, float], strata: Mapping[Any, Any]) -> Interval:
     runs = len({sample.block for sample in samples})
-    if not means:
-        return Interval(float("nan"), float("nan"), float("nan"), 0, 0)
-    # A single unit says nothing about how much units differ.
-    bounds = (
-        bootstrap(list(means.values()), [strata[unit] for unit in means]) if len(means) > 1 else (float("nan"),) * 2
-    )
-    return Interval(statistics.fmean(means.values()), *bounds, len(means), runs)
+    mean = statistics.fmean(means.values()) if means else float("nan")
+    if len(means) < _FEWEST:
+        return Interval(mean, float("nan"), float("nan"), len(means), runs)
+    bounds = bootstrap(list(means.values()), [strata[unit] for unit in means])
+    return Interval(mean, *bounds, len(means), runs)
 
 
 def _means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:

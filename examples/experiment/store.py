@@ -93,9 +93,30 @@ class Store:
         """Where the trained weights are put; ``*.pt`` files are not committed."""
         return self.folder / "models" / f"{cell.key}.pt"
 
-    def has(self, cell: Cell) -> bool:
-        """Whether a cell is finished."""
-        return self._path(cell).is_file() or cell.key in self._packed
+    def has(self, cell: Cell, patients: str | None = None) -> bool:
+        """Whether a cell is finished.
+
+        Args:
+            cell: one training.
+            patients: digest of those that it is about to be trained and tested on; None: any.
+
+        Raises:
+            ConfigError: it is finished, with other patients.
+        """
+        path = self._path(cell)
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8"))["run"]
+        elif cell.key in self._packed:
+            facts = self._packed[cell.key]["run"]
+        else:
+            return False
+        # Results of earlier versions do not tell.
+        if patients is not None and facts.get("patients", patients) != patients:
+            raise ConfigError(
+                f"{self.folder} has the results of {cell.key}, trained or tested on other patients than those given "
+                "now; choose another folder for these"
+            )
+        return True
 
     def save(self, cell: Cell, record: dict[str, Any]) -> None:
         """Add a finished cell."""
@@ -115,8 +136,8 @@ class Store:
             _write(self.folder / name, content)
 
     @functools.cached_property
-    def _packed(self) -> set[str]:
-        return set(packing.unpack(self.folder))
+    def _packed(self) -> dict[str, packing.Record]:
+        return packing.unpack(self.folder)
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.key}.json"

@@ -35,16 +35,17 @@ def summary(of: Comparison) -> str:
 
 
 def gains(of: Comparison) -> str:
-    """The focus against every other strategy, over patients and over pairs of fold and seed."""
+    """The focus against every other strategy, over patients and over pairs of fold and seed; see ``best_other``."""
     header = ["network", f"{of.focus} minus", "all subsets", "by fold × seed", "rarest alone", "patients", "runs"]
     lines = []
     for group in of.groups:
-        means = {name: by_patient(of.scores().level(name, of.within(group))).mean for name in of.others}
-        known = {name: mean for name, mean in means.items() if mean == mean}
-        for name in known:
+        best = of.best_other(group)
+        for name in of.others:
             samples = of.scores().difference(of.focus, name, of.within(group))
             overall = by_patient(samples)
-            mark = " (best other)" if name == max(known, key=lambda other: known[other]) else ""
+            if not overall.units:
+                continue
+            mark = " (best other)" if name == best else ""
             lines.append(
                 [
                     *(of.label(group), name + mark, _points(overall), _points(by_run(samples))),
@@ -100,7 +101,10 @@ def assignments(of: Comparison) -> str:
 
 
 def distance(of: Comparison) -> str:
-    """HD95 by target, lower is better; where one mask is empty it is the penalty, and how often that was so."""
+    """HD95 by target, lower is better; where one mask is empty it is the penalty, and how often that was so.
+
+    How often is about the primary targets, as the first column is.
+    """
     scores = of.scores("hd95")
     if not scores.values:
         return "HD95 was not computed.\n"
@@ -128,10 +132,11 @@ def runs(of: Comparison) -> str:
     facts = [record["run"] for record in of.records if record["run"]["status"] == "ok"]
     failed = [record for record in of.records if record["run"]["status"] != "ok"]
     seconds = sum(run["training_seconds"] + run["evaluation_seconds"] for run in facts)
-    patients = {(record["cell"]["fold"], score[1]) for record in of.records for score in record["scores"]}
+    patients = {score[1] for record in of.records for score in record["scores"]}
     side = "×".join([str(study.patch)] * study.ndim)
     lines = [
-        f"Data: {study.name}, {len(patients)} test patients over all folds."
+        f"Data: {study.name}, {len(patients)} test patients "
+        + ("of a folder of their own; all of the other are trained on." if study.held_out else "over all folds.")
         + (f" Credit: {study.credit}." if study.credit else ""),
         f"Scores are those of {of.about} unless another target is named, means over all subsets of the modalities.",
         f"Budget of every training: {study.steps} steps of {_listed({c.batch_size for c in of.cells})} "
@@ -183,7 +188,7 @@ def _empty(of: Comparison, name: str, group: tuple[str, int]) -> str:
         for cell, record in zip(of.cells, of.records, strict=True)
         if cell.strategy == name and (cell.backbone, cell.batch_size) == group
         for score in record["scores"]
-        if score[3] == "hd95"
+        if score[3] == "hd95" and score[2] in of.primary
     ]
     return f"{sum(found) / len(found):.1%}" if found else "–"
 
