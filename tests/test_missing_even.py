@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -57,11 +58,18 @@ def test_passes_differ_and_are_reproduced_by_seed_and_epoch() -> None:
 
 
 def test_a_loader_shows_only_the_subset() -> None:
-    images = [torch.ones(3, 2, 2) for _ in TABLE]
+    images = [torch.full((3, 2, 2), 1.0 + number) for number in range(len(TABLE))]
     loader = DataLoader(IncompleteDataset(images, TABLE), batch_size=5, sampler=EvenSubsets(TABLE, length=10))
-    for image, mask in loader:
-        assert torch.equal(image[:, :, 0, 0] > 0, mask)
-    assert len(loader) == 2
+    found = [torch.cat(part) for part in zip(*loader, strict=True)]
+    index, visible = zip(*EvenSubsets(TABLE, length=10), strict=True)
+    wanted = torch.tensor(np.stack(visible))
+    assert torch.equal(found[1], wanted)
+    assert torch.equal(found[0][:, :, 0, 0], wanted * (1.0 + torch.tensor(index)[:, None]))
+    assert not wanted.all()
+
+
+def test_what_is_drawn_costs_a_loader_with_workers_no_file_each() -> None:
+    assert not any(isinstance(part, torch.Tensor) for drawn in EvenSubsets(TABLE) for part in drawn)
 
 
 @pytest.mark.parametrize(

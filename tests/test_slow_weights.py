@@ -85,6 +85,11 @@ def test_wrong_numbers_and_states_are_listed_together() -> None:
         SlowWeights(nn.Linear(1, 1), rate=0, every=0)
     state = SlowWeights(nn.Linear(2, 1, bias=False)).state_dict()
     with pytest.raises(
-        ConfigError, match=r"(?s)no weights for 'bias'.*'weight' has shape \(1, 2\), here it is \(1, 1\)"
+        ConfigError, match=r"(?s)slow\['weight'\] has shape \(1, 2\), need \(1, 1\).*weights lacking: 'bias'"
     ):
         SlowWeights(nn.Linear(1, 1)).load_state_dict(state)
+    with pytest.raises(ConfigError, match="lacking: 'rate', 'every', 'steps', 'slow'"):
+        SlowWeights(nn.Linear(1, 1)).load_state_dict({})
+    slow = SlowWeights(nn.Linear(1, 1), rate=0.25, every=3)
+    with pytest.raises(ConfigError, match=r"(?s)rate was 0.5 and is 0.25 now.*every was 15 and is 3 now"):
+        slow.load_state_dict(SlowWeights(nn.Linear(1, 1)).state_dict())

@@ -279,6 +279,14 @@ class TestPasses:
         (F.cross_entropy(prediction, y) + model.passion_loss(y)).backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
 
+    def test_agm_refuses_to_compare_with_what_the_network_did_not_see(self) -> None:
+        model = wrap(MeanNet(M), "agm")
+        x, mask, y = batch([[1, 0, 1], [1, 1, 0]])
+        model(x, mask, passion_presence=mask)
+        assert model.passion_loss(y) is not None
+        with pytest.raises(UsageError, match=r"'agm'.*passion_presence names more"):
+            model(x, mask, passion_presence=mask | True)
+
     @pytest.mark.parametrize("rule", [name for name in RULES if name != "pmr"])
     @pytest.mark.parametrize("ndim", [2, 3])
     def test_regions_and_volumes_will_do(self, rule: str, ndim: int) -> None:
@@ -437,6 +445,21 @@ class TestState:
         rule = kind()
         wrap(MeanNet(M), rule)
         with pytest.raises(UsageError, match=f"{kind.__name__} belongs to another model"):
+            wrap(MeanNet(M), rule)
+
+    def test_an_object_that_was_refused_may_serve_the_next_model(self) -> None:
+        rule = OGMGE()
+        x, mask, _ = batch([[1, 1, 1]])
+        with pytest.raises(ConfigError, match=r"BackboneSpec\.encoders"):
+            wrap(
+                MeanNet(M),
+                rule,
+                spec=spec_of(MeanNet(M), encoders={}, students="rerun"),
+                example_input=x,
+                example_mask=mask,
+            )
+        wrap(MeanNet(M), rule)
+        with pytest.raises(UsageError, match="belongs to another model"):
             wrap(MeanNet(M), rule)
 
     @pytest.mark.parametrize("rule", RULES)

@@ -18,7 +18,12 @@ from passion_plugin.passes import Prediction
 from passion_plugin.rarity import Rarity
 from passion_plugin.strategies import AGM, OGMGE, PMR, Plain, RedCore, Strategy
 from passion_plugin.strategies.agm import mono_modal_responses
-from passion_plugin.strategies.scores import ratio_to_others, true_class_loss, true_class_probability
+from passion_plugin.strategies.scores import (
+    prediction_entropy,
+    ratio_to_others,
+    true_class_loss,
+    true_class_probability,
+)
 from passion_plugin.students import Student, active_students
 
 AB, ABC = ("a", "b"), ("a", "b", "c")
@@ -325,6 +330,30 @@ class TestPMR:
         x, mask, _ = batch([[1, 1]])
         with pytest.raises(ConfigError, match="exclusive classes"):
             model(x, mask)
+
+    def test_undecided_voxels_of_a_small_class_count_like_those_of_a_large_one(self) -> None:
+        logits = torch.tensor([[[40.0] * 9 + [0.0]], [[-40.0] * 9 + [0.0]]], dtype=torch.float64).movedim(0, 1)
+        found = prediction_entropy(logits, torch.tensor([[0] * 9 + [1]]))
+        torch.testing.assert_close(found, torch.tensor([math.log(2) / 2], dtype=torch.float64))
+
+    def test_prototypes_and_scores_of_many_voxels_keep_their_digits(self) -> None:
+        labels = torch.zeros(1, 4_000_000, dtype=torch.long)
+        strategy = ready(PMR(), AB)
+        strategy._learn("a", torch.full((1, 1, 4_000_000), 0.9), labels, 2)
+        assert strategy._prototypes["a"][0].item() == pytest.approx(0.9, rel=1e-5)
+        logits = torch.tensor([0.9, 0.1]).log().view(1, 2, 1).expand(1, 2, 4_000_000)
+        assert true_class_probability(logits, labels, "softmax").item() == pytest.approx(0.9, rel=1e-5)
+
+    def test_prototypes_of_another_model_are_refused(self) -> None:
+        strategy = ready(PMR(), AB)
+        strategy.loss(step_of(AB, [[1, 1]], {}, features=self.features()), self.labels)
+        with pytest.raises(ConfigError, match=r"prototypes \(2, 1\) for 'a', this model has \(5, 1\)"):
+            strategy._learn("a", self.features()["a"][0].detach(), self.labels, 5)
+
+    def test_a_modality_that_was_never_compared_was_not_pulled(self) -> None:
+        strategy = ready(PMR(), AB)
+        strategy.loss(step_of(AB, [[1, 0]], {}, features=self.features()), self.labels)
+        assert strategy.end_epoch().beta.tolist() == [0, 0]
 
 
 class TestRedCore:

@@ -38,7 +38,8 @@ def draw_drop(table: PresenceTable, seed: int, count: int) -> Draws:
 
 def draw_even(table: PresenceTable, seed: int, count: int) -> Draws:
     """A combination of modalities, all of them in turn, then one of the patients that have it."""
-    yield from EvenSubsets(table, seed, length=count)
+    for index, visible in EvenSubsets(table, seed, length=count):
+        yield index, torch.from_numpy(visible)
 
 
 DRAWINGS: Mapping[str, Callable[[PresenceTable, int, int], Draws]] = {

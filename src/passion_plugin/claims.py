@@ -35,8 +35,12 @@ def refuse_claimed(backbone: nn.Module) -> None:
 
 
 def claim(backbone: nn.Module, engine: Any) -> None:
-    """Put an engine in charge of a backbone, until it is released or either of them is gone."""
+    """Put an engine in charge of a backbone, until it is released or either of them is gone.
+
+    Its strategy belongs to it from then on; one that was refused before may serve the next attempt.
+    """
     _ENGINES[backbone] = ref(engine)
+    engine.strategy.taken = True
 
 
 def release(backbone: nn.Module, engine: Any) -> None:

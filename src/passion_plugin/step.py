@@ -83,11 +83,17 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
+            UsageError: ``presence`` names more than the mask, which this strategy cannot use.
             BackboneError: what leaves the classifier is not usable, or reentrant activation checkpointing, seen in the
                 first batch.
         """
         bound.check_images(call)
         available = bound.availability(call, presence)
+        if strategy.teacher_sees_all and bound.has_mask(call) and not bound.presence_of(call).equal(available):
+            raise UsageError(
+                f"strategy {strategy.name!r} takes the network's prediction for that from all modalities of a sample, "
+                "but passion_presence names more of them than the mask lets through; leave passion_presence out"
+            )
         bound.check_finite(call, available)
         if not bound.trained:
             bound.lockstep = in_lockstep(bound.backbone)

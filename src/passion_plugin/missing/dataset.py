@@ -20,6 +20,7 @@ from passion_plugin.validate import describe
 __all__ = ["IncompleteDataset", "blank_missing"]
 
 Fill = Literal["zeros", "nan"]
+Visible = Tensor | NDArray[np.bool_]
 
 
 def blank_missing(images: Tensor, presence: Tensor, *, fill: Fill = "zeros") -> Tensor:
@@ -78,7 +79,7 @@ class IncompleteDataset(Dataset[Any]):
     tensor. The wrapped data set's own tensors are never written to.
 
     An item may also be asked for as ``(index, visible)``, as :class:`~passion_plugin.missing.EvenSubsets` does; then
-    only the modalities of ``visible``, a (M,) bool tensor, are left of what the sample has.
+    only the modalities of ``visible``, (M,) bool, are left of what the sample has.
 
     Anything computed from the complete image *inside* the wrapped data set (a crop around a brain mask of all
     modalities, a joint normalisation) has seen what is missing: keep such steps out, or after this wrapper.
@@ -140,7 +141,7 @@ class IncompleteDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int | tuple[int, Tensor]) -> Any:
+    def __getitem__(self, index: int | tuple[int, Visible]) -> Any:
         """Return item ``index``, blanked, with its mask; of an ``(index, visible)`` only what is visible.
 
         Raises:
@@ -158,7 +159,7 @@ class IncompleteDataset(Dataset[Any]):
             return (image, mask, *item[1:])
         return self._blank(index, item, self._row(index, None, visible))
 
-    def _from_mapping(self, index: int, item: Mapping[str, Any], visible: Tensor | None) -> dict[str, Any]:
+    def _from_mapping(self, index: int, item: Mapping[str, Any], visible: Visible | None) -> dict[str, Any]:
         problems = [
             f"no key {key!r}.{suggest(key, map(str, item))}"
             for key in (self.image_key, self.id_key)
@@ -170,7 +171,7 @@ class IncompleteDataset(Dataset[Any]):
         image, mask = self._blank(index, item[self.image_key], self._row(index, item, visible))
         return {**item, self.image_key: image, self.mask_key: mask}
 
-    def _row(self, index: int, item: Mapping[str, Any] | None, visible: Tensor | None) -> Tensor:
+    def _row(self, index: int, item: Mapping[str, Any] | None, visible: Visible | None) -> Tensor:
         if self.id_key is not None and item is None:
             raise InputError(
                 f"IncompleteDataset: id_key={self.id_key!r} needs items that are dicts; pass id_key=None if "
@@ -180,6 +181,7 @@ class IncompleteDataset(Dataset[Any]):
         present = torch.tensor(row)
         if visible is None:
             return present
+        visible = torch.as_tensor(visible)
         if visible.dtype != torch.bool or visible.shape != present.shape:
             raise InputError(
                 f"IncompleteDataset: visible is {visible.dtype} of shape {tuple(visible.shape)}; pass torch.bool of "

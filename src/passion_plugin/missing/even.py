@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from passion_plugin.errors import raise_problems
@@ -18,7 +17,7 @@ from passion_plugin.validate import describe
 __all__ = ["EvenSubsets"]
 
 
-class EvenSubsets(Sampler[tuple[int, Tensor]]):
+class EvenSubsets(Sampler[tuple[int, NDArray[np.bool_]]]):
     """Draw each subset of the modalities equally often, and for it a sample that contains it.
 
     On data with missing modalities some combinations are rare and a loader shows them rarely; here all the
@@ -28,7 +27,8 @@ class EvenSubsets(Sampler[tuple[int, Tensor]]):
 
     Args:
         table: who has what.
-        seed: of the draws. Every pass over the sampler draws anew; :meth:`set_epoch` says which pass it is.
+        seed: of the draws. Every pass over the sampler draws anew; :meth:`set_epoch` says which pass it is. Processes
+            that train together need a seed each, or all of them draw the same samples: ``seed + rank``.
         length: draws in one pass; as many as there are samples when None.
 
     Attributes:
@@ -67,8 +67,8 @@ class EvenSubsets(Sampler[tuple[int, Tensor]]):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield ``(index, visible)``: number of a sample and a (M,) bool mask, a subset of what the sample has."""
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """Yield ``(index, visible)``: number of a sample and a (M,) bool array, a subset of what the sample has."""
         generator = np.random.default_rng((self.seed, self.epoch))
         self.epoch += 1
         order: list[int] = []
@@ -76,7 +76,8 @@ class EvenSubsets(Sampler[tuple[int, Tensor]]):
             if not order:
                 order = generator.permutation(len(self.subsets)).tolist()
             number = order.pop()
-            yield int(generator.choice(self._holders[number])), torch.tensor(self._masks[number])
+            # Not tensors: a loader with workers would share each by a file of its own.
+            yield int(generator.choice(self._holders[number])), self._masks[number].copy()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the next pass, for a training that is resumed."""

@@ -98,6 +98,7 @@ class AGM(Strategy):
     name = "agm"
     students = "scored"
     scales_encoders = True
+    teacher_sees_all = True
     stateful = (*Strategy.stateful, "_mean", "_steps")
 
     def __init__(self, alpha: float = 1.0) -> None:

@@ -43,7 +43,11 @@ class Strategy:
         scales_encoders: whether :meth:`factors` gives any; then every encoder needs parameters of its own.
         needs_features: whether the step has to keep what the encoders put out.
         noise: add Gaussian noise of its own standard deviation to each gradient that is scaled.
+        teacher_sees_all: whether :meth:`loss` or :meth:`factors` take the teacher for the prediction from all that
+            students may see; then ``passion_presence`` may not name more than the mask lets through.
+        neutral: the factor that changes nothing.
         stateful: attributes that travel in the state: numbers, tensors, or dicts of tensors.
+        taken: whether a model trains with this object; it cannot serve another one.
         modalities: M names, known from :meth:`prepare` on.
         config: of the engine, known from :meth:`prepare` on.
         rarity: how rare each modality is in the training set, known from :meth:`prepare` on.
@@ -55,8 +59,11 @@ class Strategy:
     students: ClassVar[Literal["none", "scored", "trained"]] = "none"
     scales_encoders: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    teacher_sees_all: ClassVar[bool] = False
+    neutral: ClassVar[float] = 1.0
     stateful: ClassVar[tuple[str, ...]] = ("epoch", "_sums", "_counts")
     noise: bool = False
+    taken: bool = False
     modalities: tuple[str, ...] = ()
     epoch: int = 0
     preference: PreferenceEstimator | None = None
@@ -72,7 +79,7 @@ class Strategy:
         Raises:
             UsageError: this object serves another model already.
         """
-        if self.modalities:
+        if self.taken:
             raise UsageError(f"this {type(self).__name__} belongs to another model; make one for each model")
         self.modalities = tuple(modalities)
         self.config, self.rarity = config, rarity
@@ -175,12 +182,12 @@ class Strategy:
         """End the epoch and report it; to be called on every process, whose sums are added.
 
         Returns:
-            ``beta`` is the mean factor of each modality over the steps of the epoch that had one (1 where none
-            had), ``counts`` their number; a rule that updates weights reports those instead.
+            ``beta`` is the mean factor of each modality over the steps of the epoch that had one (:attr:`neutral`
+            where none had), ``counts`` their number; a rule that updates weights reports those instead.
         """
         stacked = torch.cat([tensor.cpu().double() for tensor in (self._sums, self._counts, self._skipped)])
         sums, counts, skipped = summed(stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}").chunk(3)
-        mean = torch.where(counts > 0, sums / counts, 1)
+        mean = torch.where(counts > 0, sums / counts, self.neutral)
         unknown = torch.full_like(mean, math.nan)
         report = Preference(self.modalities, self.epoch, mean, torch.zeros_like(mean), unknown, counts, skipped=skipped)
         self.epoch += 1

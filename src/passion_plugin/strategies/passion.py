@@ -175,7 +175,8 @@ class PassionRule(Strategy):
     def _remind_of_epochs(self) -> None:
         self._steps_since_epoch += 1
         samples, seen = self.rarity.samples, self.preference.samples_seen
-        late = (seen > 2 * samples) if samples is not None else (self._steps_since_epoch > _STEPS_WITHOUT_EPOCH)
+        # An epoch may be many passes over a small training set.
+        late = self._steps_since_epoch > _STEPS_WITHOUT_EPOCH and (samples is None or seen > 2 * samples)
         if late and not self._reminded:
             self._reminded = True
             warnings.warn(

@@ -18,6 +18,7 @@ from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import (
     comparable,
     compared,
+    prediction_entropy,
     ratio_to_others,
     true_class_loss,
     true_class_probability,
@@ -70,6 +71,7 @@ class PMR(Strategy):
 
     name = "pmr"
     needs_features = True
+    neutral = 0.0
     stateful = (*Strategy.stateful, "_prototypes", "_seen")
 
     def __init__(
@@ -133,7 +135,7 @@ class PMR(Strategy):
             similarity = self._similarity(name, maps[name][rows])
             scores[rows, column] = true_class_probability(similarity.detach(), labels[rows], "softmax").to(scores)
             entropies[column] = true_class_loss(similarity, labels[rows], "softmax").mean()
-            spreads[column] = _entropy(similarity)
+            spreads[column] = prediction_entropy(similarity, labels[rows]).mean()
         self.skip(step.active, scores)
         usable = comparable(scores, step.active)
         rho = torch.where(usable.any(0), ratio_to_others(scores, usable), 1)
@@ -146,12 +148,19 @@ class PMR(Strategy):
 
     def _learn(self, name: str, features: Tensor, labels: Tensor, number: int) -> None:
         """Move the prototypes (K, C) of the classes in the batch towards their means."""
-        labels = resize_labels(labels, tuple(features.shape[2:])).flatten()
-        points = features.to(_wide(features.dtype)).movedim(1, -1).flatten(0, -2)
-        sums = points.new_zeros(number, points.shape[1]).index_add(0, labels, points)
-        counts = points.new_zeros(number).index_add(0, labels, torch.ones_like(points[:, 0])).unsqueeze(1)
+        labels = resize_labels(labels, tuple(features.shape[2:])).flatten(1).unsqueeze(1)
+        points = features.to(_wide(features.dtype)).flatten(2)
+        # Sums over a mask keep the digits that adding millions of voxels one by one would lose.
+        members = [labels == k for k in range(number)]
+        sums = torch.stack([torch.where(member, points, 0).sum((0, 2)) for member in members])
+        counts = torch.stack([member.sum() for member in members]).unsqueeze(1)
         mean = sums / counts.clamp(min=1)
         before = self._prototypes.get(name, torch.zeros_like(mean)).to(mean)
+        if before.shape != mean.shape:
+            raise ConfigError(
+                f"strategy 'pmr': the state that was loaded has prototypes {tuple(before.shape)} for {name!r}, this "
+                f"model has {tuple(mean.shape)} (classes, channels); load the state of a model like this one"
+            )
         seen = self._seen.get(name, torch.zeros_like(counts, dtype=torch.bool)).to(mean.device)
         moved = torch.where(seen, self.momentum * before + (1 - self.momentum) * mean, mean)
         # A feature that overflowed spoils the mean of its class in this batch, and must not spoil it for good.
@@ -178,11 +187,6 @@ def _finest(tensors: Sequence[Tensor], ndim: int) -> Tensor:
     if not maps:
         raise BackboneError("strategy 'pmr': an encoder puts out no feature map (B, C, *spatial) to take prototypes of")
     return max(maps, key=lambda tensor: tensor.shape[2:].numel())
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log = logits.log_softmax(1)
-    return -(log.exp() * log).sum(1).mean()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -35,9 +35,11 @@ class RedCore(Strategy):
         \beta \leftarrow \mathrm{rescale}(\mathrm{clip}(\beta - \eta\, RA, \beta_{min}, \beta_{max}))
 
     with :math:`S_{bm}` the segmentation loss of the prediction from modality m alone and :math:`\hat S_m` its mean
-    over the samples of the epoch that have m. Only the weights are RedCore's; its imputation of missing
-    representations is another network. The update is that of PASSION's beta with losses instead of distances, and
-    is done by :class:`~passion_plugin.PreferenceEstimator`.
+    over the samples of the epoch that have m. This carries RedCore's weights over to segmentation: in its published
+    code (github.com/sunjunaimer/RedCore) relative advantage is that of the losses of a network which imputes missing
+    representations, beta weighs these losses, and both move every few iterations; there is no such network here. The
+    update is that of PASSION's beta with losses instead of distances, once per epoch, and is done by
+    :class:`~passion_plugin.PreferenceEstimator`.
 
     Missing modalities: :math:`S_{bm}` exists where the sample has m and at least one other modality; for a sample
     with a single one the user's own loss is that loss already. A modality that an epoch lacks keeps its weight.

@@ -15,7 +15,15 @@ from passion_plugin.targets import resize_labels
 if TYPE_CHECKING:
     from passion_plugin.step import TrainingStep
 
-__all__ = ["by_modality", "comparable", "compared", "ratio_to_others", "true_class_loss", "true_class_probability"]
+__all__ = [
+    "by_modality",
+    "comparable",
+    "compared",
+    "prediction_entropy",
+    "ratio_to_others",
+    "true_class_loss",
+    "true_class_probability",
+]
 
 
 def true_class_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> Tensor:
@@ -49,6 +57,13 @@ def true_class_loss(logits: Tensor, labels: Tensor, outputs: Outputs) -> Tensor:
     """Return the mean negative log-probability of the true class, as :func:`true_class_probability` averages it."""
     values, classes, number = _true_log_probability(logits, labels, outputs)
     return _class_mean(-values, classes, number)
+
+
+def prediction_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean entropy of a softmax, (B,), as :func:`true_class_probability` averages over voxels."""
+    labels = resize_labels(labels, tuple(logits.shape[2:]))
+    log = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    return _class_mean(-(log.exp() * log).sum(1).flatten(1), labels.flatten(1), logits.shape[1])
 
 
 def by_modality(step: TrainingStep, labels: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -140,6 +155,8 @@ def _true_log_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> t
 
 
 def _class_mean(values: Tensor, classes: Tensor, number: int) -> Tensor:
-    sums = values.new_zeros(len(values), number).scatter_add(1, classes, values)
-    counts = values.new_zeros(len(values), number).scatter_add(1, classes, torch.ones_like(values))
+    # Not scatter_add: adding millions of voxels one by one loses digits of float32, sums over a mask do not.
+    members = [classes == k for k in range(number)]
+    sums = torch.stack([torch.where(member, values, 0).sum(1) for member in members], dim=1)
+    counts = torch.stack([member.sum(1) for member in members], dim=1)
     return (sums / counts.clamp(min=1)).sum(1) / (counts > 0).sum(1)

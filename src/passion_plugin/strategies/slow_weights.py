@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.errors import raise_problems
 from passion_plugin.plain_values import is_number, is_whole
+from passion_plugin.state_checks import cpu_copies, entry_problems, key_problems
 
 __all__ = ["SlowWeights"]
 
@@ -23,7 +24,8 @@ class SlowWeights:
 
     When each step trains on another combination of modalities (:class:`~passion_plugin.missing.EvenSubsets`), a burst
     over all of them ends in weights that no single combination has pulled away. Buffers and frozen parameters are
-    left alone, and so is the state of the optimizer.
+    left alone, and so is the state of the optimizer. Make it when the model has the weights to start from:
+    :math:`\varphi` begins as a copy of them.
 
     Args:
         model: whose trainable parameters are averaged, in place.
@@ -73,24 +75,22 @@ class SlowWeights:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the slow weights and the position in the burst, on the CPU."""
-        return {"steps": self.steps, "slow": {name: tensor.to("cpu", copy=True) for name, tensor in self._slow.items()}}
+        """Return the slow weights, the position in the burst and both numbers, on the CPU."""
+        return {"rate": self.rate, "every": self.every, "steps": self.steps, "slow": cpu_copies(self._slow)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ConfigError: it belongs to another model.
+            ConfigError: it is no such state, or one of another model or with other numbers; nothing has been changed.
         """
-        slow: Mapping[str, Tensor] = state["slow"]
-        problems = [f"no weights for {name!r}" for name in self._slow if name not in slow]
-        problems += [
-            f"{name!r} has shape {tuple(tensor.shape)}, here it is {tuple(self._slow[name].shape)}"
-            if name in self._slow
-            else f"unknown parameter {name!r}"
-            for name, tensor in slow.items()
-            if name not in self._slow or tensor.shape != self._slow[name].shape
-        ]
-        raise_problems(problems, what="state of SlowWeights", error=ConfigError)
-        self.steps = int(state["steps"])
-        self._slow = {name: slow[name].to(fast, copy=True) for name, fast in self._fast.items()}
+        ours = self.state_dict()
+        problems = entry_problems(ours, state)
+        if isinstance(state, Mapping) and isinstance(state.get("slow"), Mapping):
+            problems += [f"weights {problem}" for problem in key_problems(ours["slow"], state["slow"])]
+        if not problems:
+            changed = [name for name in ("rate", "every") if state[name] != ours[name]]
+            problems = [f"{name} was {state[name]!r} and is {ours[name]!r} now" for name in changed]
+        raise_problems(problems, what="state of SlowWeights")
+        self.steps = state["steps"]
+        self._slow = {name: state["slow"][name].to(fast, copy=True) for name, fast in self._fast.items()}
