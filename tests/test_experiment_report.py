@@ -262,6 +262,7 @@ class TestTables:
         assert last["modalities"] == "least gain: ct+pet"
         # One of three patients loses 10 points in one of two seeds.
         assert last["passion − plain"] == "-1.7"
+        assert [line["passion − best other"] for line in subsets] == [line["passion − plain"] for line in subsets]
 
     def test_other_tables(self, tmp_path: Path) -> None:
         tables = self.tables(tmp_path)

@@ -56,18 +56,25 @@ def gains(of: Comparison) -> str:
 
 
 def subsets(of: Comparison) -> str:
-    """Dice by subset for every strategy, and the gain of the focus; the last line is the subset that gains least."""
-    header = ["network", "modalities", *of.strategies, f"{of.focus} − {of.baseline}"]
+    """Dice by subset for every strategy, and the gain of the focus; the last line is the subset that gains least.
+
+    The best other strategy is the one that the table ``gains`` marks.
+    """
+    header = ["network", "modalities", *of.strategies, f"{of.focus} − {of.baseline}", f"{of.focus} − best other"]
     lines = []
     for group in of.groups:
+        best = of.best_other(group)
         found: dict[str, Interval] = {}
         for subset in of.subsets:
             chosen = of.within(group, lambda cell, name, target, subset=subset: name == subset)
             found[subset] = by_patient(of.scores().difference(of.focus, of.baseline, chosen))
             levels = [by_patient(of.scores().level(name, chosen)).mean for name in of.strategies]
-            lines.append([of.label(group), subset, *map(_percent, levels), _points(found[subset])])
+            other = "–" if best is None else _points(by_patient(of.scores().difference(of.focus, best, chosen)))
+            lines.append([of.label(group), subset, *map(_percent, levels), _points(found[subset]), other])
         if worst := min((s for s in found if found[s].units), key=lambda s: found[s].mean, default=None):
-            lines.append([of.label(group), f"least gain: {worst}", *[""] * len(of.strategies), _points(found[worst])])
+            lines.append(
+                [of.label(group), f"least gain: {worst}", *[""] * len(of.strategies), _points(found[worst]), ""]
+            )
     return aligned([header, *lines])
 
 
