@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from passion_plugin.errors import ConfigError, InputError
 from passion_plugin.evaluation import BRATS_REGIONS, evaluate_subsets, sliding_window_predict
@@ -206,6 +206,36 @@ def test_a_mapping_from_modality_names_is_blanked_too() -> None:
 
     parts = {name: x[:, k] for k, name in enumerate(NAMES)}
     assert run(loader=[(parts, label)], predict=from_mapping).rows == run(loader=[(x, label)]).rows
+
+
+def test_all_that_a_modality_brings_is_blanked_and_half_named_inputs_are_refused() -> None:
+    x, label = data()
+    parts = dict(zip(NAMES, x.split(1, dim=1), strict=True))
+
+    def seen(inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+        hidden = {name for m, name in enumerate(NAMES) if not mask[:, m].any()}
+        assert not any(part.any() for name in hidden for part in inputs[name])
+        return vote(torch.cat([inputs[name][0] for name in NAMES], dim=1), mask)
+
+    run(seen, [item({name: [part, part] for name, part in parts.items()}, label)])
+    wrong = {name.upper() if name == NAMES[0] else name: part for name, part in parts.items()}
+    with pytest.raises(InputError, match=rf"none for '{NAMES[0]}'"):
+        run(vote, [item(wrong, label)])
+
+
+def test_ids_that_no_table_could_give_back_are_refused_at_once() -> None:
+    x, label = data()
+    with pytest.raises(InputError, match="cannot be printed"):
+        run(vote, [item(x, label, id=["Anna\u00a0M"] * len(x))])
+
+
+def test_spacing_may_come_as_the_default_collate_function_makes_it() -> None:
+    x, label = data()
+    size = len(x)
+    wanted = run(vote, [item(x, label, spacing=torch.tensor([[1.0, 2.5]] * size))], hd95=True).rows
+    collated = default_collate([{"spacing": (1.0, 2.5)}] * size)["spacing"]
+    for spacing in (collated, [torch.tensor([1.0, 2.5])] * size):
+        assert run(vote, [item(x, label, spacing=spacing)], hd95=True).rows == wanted
 
 
 @pytest.mark.parametrize(

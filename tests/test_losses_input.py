@@ -84,7 +84,7 @@ def test_unknown_outputs_get_a_suggestion() -> None:
         (Y.float(), r"torch\.float32 tensor .* class numbers must be .* labels\.long\(\)"),
         (Y + 3, r"values from 3 to 3, but 3 classes are 0\.\.2"),
         (Y - 1, r"values from -1 to -1"),
-        (torch.full_like(Y, 255).to(torch.uint8), r"values from 255 to 255.*there is no ignore value"),
+        (torch.full_like(Y, 255).to(torch.uint8), r"values from 255 to 255.*pass ignore_index for voxels"),
         (Y.bool(), r"labels are bool, which names 2 classes, but there are 3"),
         (Y[:1], r"pass integers \(2, 4, 4\)"),
         (Y[:, None], r"Drop the channel axis with labels\[:, 0\]"),

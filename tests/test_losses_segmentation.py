@@ -163,3 +163,57 @@ def test_float32_sums_over_a_large_volume_keep_their_digits() -> None:
     y = (torch.rand(1, 128, 128, 64, generator=generator) < 0.01).long()
     for loss in LOSSES:
         torch.testing.assert_close(loss(z, y).double(), loss(z.double(), y), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("outputs", ["softmax", "sigmoid"])
+def test_the_weight_of_a_background_that_fills_nearly_all_keeps_its_digits(outputs: str) -> None:
+    # Not a power of two, for which a quotient close to 1 is exact.
+    y = torch.zeros(1, 155, 90, 90, dtype=torch.long)
+    y[0, 77, 44, 44] = 1
+    z = torch.zeros(1, 2, 155, 90, 90).index_fill(1, torch.tensor([1]), -2.0)
+    labels = torch.stack([y, 1 - y], dim=1) if outputs == "sigmoid" else y
+    found, wanted = (z.to(dtype, copy=True).requires_grad_() for dtype in (torch.float32, torch.float64))
+    losses = [weighted_cross_entropy(each, labels, outputs=outputs) for each in (found, wanted)]
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=0)
+    for each in losses:
+        each.sum().backward()
+    assert found.grad is not None
+    assert wanted.grad is not None
+    torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-13)
+
+
+@each_loss
+@each_mode
+def test_an_impossible_class_costs_nothing_where_it_is_not_and_everything_where_it_is(loss: Loss, mode: str) -> None:
+    z = torch.randn(1, 3, 1, 5)
+    z[:, 2] = -math.inf
+    z.requires_grad_()
+    y = torch.tensor([[[0, 1, 1, 0, 1]]])
+    found = loss(z, y, mode=mode)
+    (slope,) = torch.autograd.grad(found.sum(), z, create_graph=True)
+    assert found.isfinite().all()
+    assert slope.isfinite().all()
+    assert torch.autograd.grad(slope.square().sum(), z)[0].isfinite().all()
+    if loss is weighted_cross_entropy:
+        log_p = z[:, :2].detach().log_softmax(1)
+        if mode == "default":
+            weights = torch.tensor([0.6, 0.4])
+            picked = log_p.gather(1, y[:, None])[0, 0]
+            torch.testing.assert_close(found.detach(), -(weights[y[0]] * picked).mean().view(1))
+            assert loss(z, torch.tensor([[[0, 1, 2, 0, 1]]])).item() == math.inf
+
+
+@each_loss
+@pytest.mark.parametrize("outputs", ["softmax", "sigmoid"])
+def test_what_is_ignored_may_be_anything(loss: Loss, outputs: str) -> None:
+    z = torch.randn(1, 2, 1, 4)
+    y = torch.tensor([[[0, 1, 255, 1]]])
+    labels = torch.stack([y, y.where(y == 255, 1 - y)], dim=1) if outputs == "sigmoid" else y
+    wanted = loss(z, labels, outputs=outputs, ignore_index=255)
+    spoilt = z.index_fill(3, torch.tensor([2]), math.nan).requires_grad_()
+    found = loss(spoilt, labels, outputs=outputs, ignore_index=255)
+    torch.testing.assert_close(found.detach(), wanted)
+    for graph in (False, True):
+        (slope,) = torch.autograd.grad(found.sum(), spoilt, create_graph=graph, retain_graph=True)
+        assert slope[..., 2].tolist() == [[[0.0], [0.0]]]
+        assert slope.isfinite().all()

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from passion_plugin.errors import ConfigError, InputError
-from passion_plugin.missing import IncompleteDataset, PresenceTable, blank_missing
+from passion_plugin.missing import EvenSubsets, IncompleteDataset, PresenceTable, blank_missing, draw_presence
 
 TABLE = PresenceTable.from_array([[1, 0, 1], [0, 1, 0], [1, 1, 1]], ("a", "b", "c"), ("p", "q", "r"))
 
@@ -89,6 +89,20 @@ def test_rows_are_found_by_id_whatever_their_order() -> None:
         assert by_id[index]["mask"].tolist() == TABLE[name].tolist()
 
 
+def test_what_was_drawn_for_one_sample_is_not_shown_of_another() -> None:
+    names = [f"p{i}" for i in range(1, 13)]
+    items = [{"image": torch.full((2, 3), float(i)), "id": name} for i, name in enumerate(names)]
+    table = draw_presence(sorted(names), {"a": 0.3, "b": 0.3}, seed=0)
+    data = IncompleteDataset(items, table, id_key="id")
+    with pytest.raises(InputError, match=r"row 1 of the table, which was drawn, is sample 'p10', and item 1 is 'p2'"):
+        data[1, table.presence[1]]
+    matched = IncompleteDataset(items, table.select(names), id_key="id")
+    for index, visible in EvenSubsets(matched.table, length=40):
+        item = matched[index, visible]
+        assert item["id"] == names[index]
+        assert (item["image"][:, 0] == index * torch.tensor(visible)).all()
+
+
 def test_other_keys_can_be_chosen() -> None:
     data = [{"volume": torch.ones(3, 2), "mask": "a segmentation"}] * 3
     item = IncompleteDataset(data, TABLE, image_key="volume", mask_key="presence")[0]
@@ -161,6 +175,15 @@ def test_blank_missing_works_on_batches_of_any_dimension(spatial: tuple[int, ...
     blanked = blank_missing(images, presence)
     assert torch.equal(blanked.flatten(2).amax(2), torch.where(presence, math.inf, 0.0))
     assert images.isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_blank_missing_works_on_integers(dtype: torch.dtype) -> None:
+    highest = torch.iinfo(dtype).max
+    images = torch.tensor([[[1, highest], [2, highest]]], dtype=torch.int64 if highest < 1 << 63 else dtype).to(dtype)
+    found = blank_missing(images, torch.tensor([[True, False]]))
+    assert found.dtype == dtype
+    assert found.tolist() == [[[1, highest], [0, 0]]]
 
 
 def test_blank_missing_lets_no_gradient_into_absent_channels() -> None:

@@ -152,6 +152,18 @@ def test_file_written_by_hand_is_read(tmp_path: Path, start: str, end: str) -> N
     assert table.nominal_rates is None
 
 
+def test_a_table_that_a_spreadsheet_saved_again_is_read(tmp_path: Path) -> None:
+    table = draw_presence(["001", "002", "003"], {"flair": 0.0, "t1ce": 0.5, "t2": 0.5}, seed=3)
+    table.save(tmp_path / "table.csv")
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    width = max(line.count(",") for line in lines)
+    padded = [line + "," * (width - line.count(",")) for line in lines]
+    quoted = [f'"{line}",,,' if line.startswith("#") else line for line in lines]
+    for again in (padded, quoted):
+        (tmp_path / "again.csv").write_text("\r\n".join([*again, "," * width, ""]))
+        assert PresenceTable.load(tmp_path / "again.csv") == table
+
+
 def test_all_problems_of_a_file_are_reported_with_line_numbers(tmp_path: Path) -> None:
     text = "# seed: os.system('x')\n# nominal_rates: a=0.1,b=nan\nsample_id,a,b\n"
     text += "p1,1,2\np1,1\np2,yes,1\np3,0,1\n"

@@ -45,7 +45,14 @@ def prepare_target(
     problems = Problems("the target")
     # check_labels wants something of the right shape to compare with; an expanded scalar has no storage to speak of.
     reference = torch.empty((), device=target.device).expand(batch, num_classes, *axes)
-    check_labels(problems, target, reference, num_classes, kind="classes" if outputs == "softmax" else "regions")
+    check_labels(
+        problems,
+        target,
+        reference,
+        num_classes,
+        kind="classes" if outputs == "softmax" else "regions",
+        ignoring="there is no ignore value",
+    )
     problems.raise_all()
     return target.long() if outputs == "softmax" else target
 

@@ -185,6 +185,7 @@ def check_labels(
     *,
     kind: Literal["classes", "regions", "either"],
     values: bool = True,
+    ignoring: str = "pass ignore_index for voxels that belong to none",
 ) -> None:
     """Labels must fit ``reference`` (B, C, *spatial): class numbers (B, *spatial) or masks (B, K, *spatial).
 
@@ -199,6 +200,7 @@ def check_labels(
         kind: which of the two layouts is allowed.
         values: whether to read the values too; on an accelerator this waits for the device. Never done
             on meta tensors, nor while ``torch.compile`` traces, where it would break the graph.
+        ignoring: what the caller offers for voxels that belong to no class.
     """
     batch, spatial = reference.shape[0], tuple(reference.shape[2:])
     numbers, masks = (batch, *spatial), (batch, num_classes, *spatial)
@@ -218,7 +220,7 @@ def check_labels(
     if kind != "classes" and shape == masks:
         _check_masks(problems, labels, values)
     elif kind != "regions" and shape == numbers:
-        _check_numbers(problems, labels, num_classes, values)
+        _check_numbers(problems, labels, num_classes, values, ignoring)
     else:
         hint = _shape_hint(labels, reference, kind)
         problems.inputs.append(f"labels are {describe(labels)}; pass {wanted}.{hint}")
@@ -234,7 +236,7 @@ def _shape_hint(labels: Tensor, reference: Tensor, kind: str) -> str:
     return ""
 
 
-def _check_numbers(problems: Problems, labels: Tensor, num_classes: int, values: bool) -> None:
+def _check_numbers(problems: Problems, labels: Tensor, num_classes: int, values: bool, ignoring: str) -> None:
     if labels.dtype == torch.bool:
         if num_classes != 2:
             problems.inputs.append(f"labels are bool, which names 2 classes, but there are {num_classes}.")
@@ -251,7 +253,7 @@ def _check_numbers(problems: Problems, labels: Tensor, num_classes: int, values:
     if low < 0 or high >= num_classes:
         problems.inputs.append(
             f"labels hold values from {low} to {high}, but {num_classes} classes are 0..{num_classes - 1}. "
-            "Renumber them without gaps (BraTS: 4 becomes 3); there is no ignore value."
+            f"Renumber them without gaps (BraTS: 4 becomes 3); {ignoring}."
         )
 
 

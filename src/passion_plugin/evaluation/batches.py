@@ -11,6 +11,7 @@ from torch import Tensor
 
 from passion_plugin.errors import InputError
 from passion_plugin.missing.dataset import blank_missing
+from passion_plugin.missing.reading import shortlist
 
 __all__ = ["Batch", "read_batch"]
 
@@ -42,8 +43,8 @@ class Batch:
             modalities: names in mask order.
 
         Returns:
-            ``x`` in its own structure. A mapping from modality names is blanked like a tensor; other
-            containers are handed on as they are, and the mask alone says what is absent.
+            ``x`` in its own structure. A mapping from modality names is blanked like a tensor, all tensors in an
+            entry; other containers are handed on as they are, and the mask alone says what is absent.
         """
         # Taking rows copies, so a model that works in place cannot spoil the next subset.
         taken = _map_tensors(self.x, lambda tensor: tensor[rows])
@@ -52,8 +53,7 @@ class Batch:
         if isinstance(taken, Mapping):
             absent = {name for name, keep in zip(modalities, subset.tolist(), strict=True) if not keep}
             return {
-                name: torch.zeros_like(part) if name in absent and isinstance(part, Tensor) else part
-                for name, part in taken.items()
+                name: _map_tensors(part, torch.zeros_like) if name in absent else part for name, part in taken.items()
             }
         return taken
 
@@ -91,6 +91,13 @@ def read_batch(
             f"image has shape {tuple(x.shape)}, label {tuple(label.shape)}; image must be (B, M, *spatial) "
             f"with the label's B and a channel for each of {', '.join(modalities)}."
         )
+    if isinstance(x, Mapping):
+        lacking = [name for name in modalities if name not in x]
+        if 0 < len(lacking) < len(modalities):
+            raise InputError(
+                f"image has entries {shortlist(list(x))} and none for {shortlist(lacking)}; name an entry like each "
+                "modality, so that what a subset lacks can be blanked, or none of them"
+            )
     mask = fields.get("mask")
     presence = torch.ones(size, len(modalities)) if mask is None else _as_tensor(mask, "mask")
     if presence.shape != (size, len(modalities)) or not bool(((presence == 0) | (presence == 1)).all()):
@@ -102,11 +109,14 @@ def read_batch(
     ids = range(first, first + size) if ids is None else [ids] if isinstance(ids, str) else list(ids)
     if len(ids) != size:
         raise InputError(f"the batch has {size} samples and {len(ids)} ids; give one per sample.")
+    names = tuple(str(name.item() if isinstance(name, Tensor) else name) for name in ids)
+    if odd := [name for name in names if not name.isprintable()]:
+        raise InputError(f"ids {shortlist(odd)} cannot be printed, nor read back from a table; rename them.")
     return Batch(
         x=x,
         label=label,
         presence=presence.bool().to(label.device),
-        ids=tuple(str(name.item() if isinstance(name, Tensor) else name) for name in ids),
+        ids=names,
         spacing=_spacings(spacing if spacing is not None else fields.get("spacing"), size),
     )
 
@@ -130,6 +140,10 @@ def _fields(item: Any) -> Mapping[str, Any]:
 def _spacings(spacing: Any, size: int) -> tuple[tuple[float, ...], ...] | None:
     if spacing is None:
         return None
+    if isinstance(spacing, (list, tuple)) and any(isinstance(part, Tensor) and part.ndim == 1 for part in spacing):
+        # Of a tuple of numbers in each item the default collate function makes a tensor (B,) for each axis.
+        by_axis = all(len(part) == size for part in spacing)
+        spacing = torch.stack([torch.as_tensor(part) for part in spacing], dim=1 if by_axis else 0)
     values = torch.as_tensor(spacing, dtype=torch.float64)
     if values.ndim == 1:
         values = values.expand(size, -1)

@@ -42,8 +42,8 @@ def pixel_distillation(
     The mean runs over classes and voxels; :math:`T^2` makes the size of the gradient independent of T.
 
     * ``mode="default"``: as written, from ``log_softmax``, so that a confidently wrong student gets its full
-      gradient and the value is never negative. Coarse outputs are compared at their own resolution:
-      ``scale_factor`` is accepted, so that both modes share one call, and has no effect.
+      gradient. The value is never negative but for rounding, some 1e-9 T^2 in float32. Coarse outputs are compared at
+      their own resolution: ``scale_factor`` is accepted, so that both modes share one call, and has no effect.
     * ``mode="official"``: the published code. :math:`q = \mathrm{clamp}(\mathrm{Up}(\mathrm{softmax}(z / T)),
       0.005, 1)`, with bi- or trilinear ``Up`` by ``scale_factor`` (``align_corners=True``) and no
       re-normalisation: the value can be negative, and a clamped probability gets no gradient.

@@ -22,6 +22,8 @@ __all__ = ["IncompleteDataset", "blank_missing"]
 Fill = Literal["zeros", "nan"]
 Visible = Tensor | NDArray[np.bool_]
 
+_BITS_OF_UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def blank_missing(images: Tensor, presence: Tensor, *, fill: Fill = "zeros") -> Tensor:
     """Return images in which absent modalities hold nothing of their content, whatever it was (NaN included).
@@ -62,7 +64,10 @@ def blank_missing(images: Tensor, presence: Tensor, *, fill: Fill = "zeros") -> 
     raise_problems(problems, what="blank_missing", error=InputError)
     absent = ~presence.to(images.device)
     value = math.nan if fill == "nan" else 0
-    return images.masked_fill(absent.reshape(*absent.shape, *[1] * (images.ndim - 2)), value)
+    absent = absent.reshape(*absent.shape, *[1] * (images.ndim - 2))
+    if images.dtype in _BITS_OF_UNSIGNED:  # which PyTorch can store, and not fill
+        return images.view(_BITS_OF_UNSIGNED[images.dtype]).masked_fill(absent, value).view(images.dtype)
+    return images.masked_fill(absent, value)
 
 
 class IncompleteDataset(Dataset[Any]):
@@ -79,7 +84,8 @@ class IncompleteDataset(Dataset[Any]):
     tensor. The wrapped data set's own tensors are never written to.
 
     An item may also be asked for as ``(index, visible)``, as :class:`~passion_plugin.missing.EvenSubsets` does; then
-    only the modalities of ``visible``, (M,) bool, are left of what the sample has.
+    only the modalities of ``visible``, (M,) bool, are left of what the sample has. Row ``index`` of the table must then
+    belong to item ``index``.
 
     Anything computed from the complete image *inside* the wrapped data set (a crop around a brain mask of all
     modalities, a joint normalisation) has seen what is missing: keep such steps out, or after this wrapper.
@@ -146,7 +152,7 @@ class IncompleteDataset(Dataset[Any]):
 
         Raises:
             InputError: the item has no image of M channels, no id, or a mask already; ``visible`` shows what the
-                sample lacks, or nothing.
+                sample lacks, or nothing, or was drawn for another sample.
         """
         index, visible = index if isinstance(index, tuple) else (index, None)
         item = self.dataset[index]
@@ -181,6 +187,12 @@ class IncompleteDataset(Dataset[Any]):
         present = torch.tensor(row)
         if visible is None:
             return present
+        drawn = self.table.sample_ids[index]
+        if item is not None and self.id_key is not None and item[self.id_key] != drawn:
+            raise InputError(
+                f"IncompleteDataset: row {index} of the table, which was drawn, is sample {drawn!r}, and item {index} "
+                f"is {item[self.id_key]!r}; give both the table.select(ids) with the ids in the order of the items"
+            )
         visible = torch.as_tensor(visible)
         if visible.dtype != torch.bool or visible.shape != present.shape:
             raise InputError(

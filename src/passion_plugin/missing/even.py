@@ -23,7 +23,8 @@ class EvenSubsets(Sampler[tuple[int, NDArray[np.bool_]]]):
     On data with missing modalities some combinations are rare and a loader shows them rarely; here all the
     2^M - 1 subsets take turns in random order, each turn with a sample drawn uniformly from those that have at least
     these modalities. This is the idea of HGA, the follow-up of PASSION by the same authors. Pass it as the sampler of a
-    loader over an :class:`~passion_plugin.missing.IncompleteDataset`, which shows of the sample only the subset.
+    loader over an :class:`~passion_plugin.missing.IncompleteDataset`, which shows of the sample only the subset. Row i
+    of the table belongs to item i of the data.
 
     Args:
         table: who has what.

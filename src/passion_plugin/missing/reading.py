@@ -56,8 +56,8 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, str]], Numb
         path: as for :func:`read_text`; lines of at most 10 000 characters.
 
     Returns:
-        ``(comments, rows, problems)``: comment lines before the header without their ``#`` and non-empty
-        rows, both with line numbers from 1, and sentences about lines that are no CSV.
+        ``(comments, rows, problems)``: comment lines before the header without their ``#``, and rows with something in
+        them, both with line numbers from 1, and sentences about lines that are no CSV.
 
     Raises:
         ConfigError: as :func:`read_text`.
@@ -70,13 +70,18 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, str]], Numb
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if len(line) > _LONGEST_LINE:
             problems.append(f"line {number}: {len(line)} characters, more than {_LONGEST_LINE}: {shorten(line)}")
-        elif not rows and line.startswith("#"):
-            comments.append((number, line[1:].strip()))
+        elif not rows and line.startswith(("#", '"#')):
+            # A spreadsheet fills lines up with commas, and puts a cell that holds some between quotes.
+            text = ",".join(next(csv.reader([line]))) if line.startswith('"') else line
+            comments.append((number, text[1:].rstrip(",").strip()))
         elif line.strip():
             try:
-                rows.append((number, next(csv.reader([line], strict=True))))
+                cells = next(csv.reader([line], strict=True))
             except csv.Error as error:
                 problems.append(f"line {number}: not CSV ({error}): {shorten(line)}")
+            else:
+                if any(cell.strip() for cell in cells):
+                    rows.append((number, cells))
     return comments, rows, problems
 
 

@@ -29,8 +29,8 @@ def losses_and_sums(
             sums += add(z[..., part].to(sums.dtype), y[..., part])
     sums[:, 0].clamp_(min=1)
     voxels, count, overlap, predicted, inside, outside = sums.unbind(1)
-    share = count / voxels
-    entropy = ((1 - share) * inside + share * outside) / voxels
+    # Not 1 - count / voxels, which has lost its digits where a class fills nearly all of a volume.
+    entropy = ((voxels - count) / voxels * inside + count / voxels * outside) / voxels
     dice = 2 * overlap / (predicted + count + EPS)
     return entropy.mean(1) if regions else entropy.sum(1), 1 - dice.mean(1), sums
 
@@ -68,9 +68,13 @@ def log(lowest: float) -> float:
 
 def _class_sums(z: Tensor, labels: Tensor, *, lowest: float, ignore_index: int | None) -> Tensor:
     """The sums (B, 6, K) over a chunk, z (B, K, C) and class numbers (B, C)."""
-    member, counted = _members(labels, z, ignore_index)
+    member, z, counted = _members(labels, z, ignore_index)
     log_p = z.log_softmax(1)
-    inside = -((log_p.clamp(min=log(lowest)) if lowest else log_p) * member).sum(-1)
+    # An impossible class has the logit -inf, of which a product would make NaN where the voxel is of another class.
+    least = torch.finfo(log_p.dtype).min
+    bounded = log_p.clamp(min=log(lowest)) if lowest else log_p.clamp_(min=least)
+    inside = -(bounded * member).sum(-1)
+    inside = torch.where(inside < -least, inside, torch.inf)
     p = log_p.mul_(1 / math.log(2)).exp2_()  # a quarter of the time of exp_
     p = p if counted is None else p.mul_(counted)
     count, predicted, overlap = member.sum(-1), p.sum(-1), p.mul_(member).sum(-1)
@@ -80,12 +84,13 @@ def _class_sums(z: Tensor, labels: Tensor, *, lowest: float, ignore_index: int |
 
 def _region_sums(z: Tensor, masks: Tensor, *, lowest: float, ignore_index: int | None) -> Tensor:
     """The sums (B, 6, K) over a chunk, z and masks (B, K, C). There is no official code for regions to clamp like."""
-    p, member = z.sigmoid(), masks != 0
-    nll = functional.logsigmoid(torch.where(member, z, -z)).neg_()
-    counted = torch.ones_like(member)
+    member, counted = masks != 0, torch.ones_like(masks, dtype=torch.bool)
     if ignore_index is not None:
         counted = differ(masks, ignore_index)
-        member &= counted
+        member, z = member & counted, torch.where(counted, z, 0)
+    p = z.sigmoid()
+    nll = functional.logsigmoid(torch.where(member, z, -z)).neg_()
+    if ignore_index is not None:
         p *= counted
         nll *= counted
     member = member.to(z.dtype)
@@ -102,10 +107,10 @@ def _slopes(to_entropy: Tensor, to_dice: Tensor, sums: Tensor, regions: bool) ->
         weights of -log p and -log(1 - p) in cross-entropy.
     """
     voxels, count, overlap, predicted, _, _ = sums.unsqueeze(-1).unbind(1)
-    share, size = count / voxels, predicted + count + EPS
+    size = predicted + count + EPS
     dice = 2 / voxels.shape[1] * to_dice.view(-1, 1, 1) / size
     entropy = to_entropy.view(-1, 1, 1) / voxels / (voxels.shape[1] if regions else 1)
-    return dice * overlap / size, -dice, entropy * (1 - share), entropy * share
+    return dice * overlap / size, -dice, entropy * ((voxels - count) / voxels), entropy * (count / voxels)
 
 
 def _class_gradient(
@@ -113,7 +118,7 @@ def _class_gradient(
 ) -> Tensor:
     """Gradient of a chunk z (B, K, C): with a_k = d Dice / d p_k, p_k (a_k - sum_j p_j a_j) + w_y (p_k - Y_k)."""
     outside, step, weight, _ = slopes
-    member, counted = _members(labels, z, ignore_index)
+    member, z, counted = _members(labels, z, ignore_index)
     p = z.softmax(1)
     weight = torch.bmm(weight.mT, member)
     if lowest:
@@ -128,20 +133,25 @@ def _region_gradient(
 ) -> Tensor:
     """Gradient of a chunk z (B, K, C): that of Dice by p times p (1 - p), and that of a two-class cross-entropy."""
     outside, step, weight_inside, weight_outside = slopes
+    if ignore_index is not None:
+        z = torch.where(differ(masks, ignore_index), z, 0)
     p, member = z.sigmoid(), masks != 0
     result = p * (1 - p) * torch.where(member, outside + step, outside)
     result += torch.where(member, weight_inside * (p - 1), weight_outside * p)
     return result if ignore_index is None else result.mul_(differ(masks, ignore_index))
 
 
-def _members(labels: Tensor, z: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
-    """Which class each voxel of z (B, K, C) belongs to, as 0 and 1, and which voxels count (B, 1, C); None: all."""
+def _members(labels: Tensor, z: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Which class each voxel of z (B, K, C) belongs to, as 0 and 1; z; and which voxels count (B, 1, C), None: all.
+
+    Where a voxel does not count z is 0, whatever was there.
+    """
     numbers = labels.to(z.dtype).unsqueeze(1)
     counted = None
     if ignore_index is not None:
         counted = differ(labels, ignore_index).unsqueeze(1)
-        numbers = torch.where(counted, numbers, -1)
+        numbers, z = torch.where(counted, numbers, -1), torch.where(counted, z, 0)
     member = z.new_empty(z.shape)
     # Compared as floating numbers: several times as fast as integers.
     torch.eq(numbers, torch.arange(z.shape[1], dtype=z.dtype, device=z.device).view(-1, 1), out=member)
-    return member, counted
+    return member, z, counted

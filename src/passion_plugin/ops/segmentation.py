@@ -48,16 +48,17 @@ def plain_segmentation(
         torch.ones_like(entries, dtype=torch.bool) if ignore_index is None else eager.differ(entries, ignore_index)
     )
     masks = class_masks(labels, z.shape[1], logits.ndim) & counted
+    z = torch.where(counted, z, 0)
     voxels, count = counted.sum(-1).clamp(min=1), masks.sum(-1).to(z.dtype)
-    share = (count / voxels).unsqueeze(2)
+    share, rest = (count / voxels).unsqueeze(2), ((voxels - count) / voxels).unsqueeze(2)
     if regions:
         p = z.sigmoid()
-        weight = torch.where(masks, 1 - share, share) * counted / z.shape[1]
+        weight = torch.where(masks, rest, share) * counted / z.shape[1]
         nll = -functional.logsigmoid(torch.where(masks, z, -z))
     else:
         p = z.softmax(1)
-        weight = (1 - share) * masks
-        nll = -z.log_softmax(1).clamp(min=eager.log(lowest))
+        weight = rest * masks
+        nll = torch.where(masks, -z.log_softmax(1).clamp(min=eager.log(lowest)), 0)
     entropy = ((weight * nll).sum(-1) / voxels).sum(1)
     dice = 2 * (p * masks).sum(-1) / ((p * counted).sum(-1) + count + eager.EPS)
     return entropy, 1 - dice.mean(1)

@@ -141,9 +141,10 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, kind: str, 
     partial = torch.empty(batch, triton.cdiv(voxels, block), dtype=torch.float32, device=zs.device)
     if batch:
         count_launch("pixel_divergence")
-        _divergence[partial.shape[1], batch](
-            zs, zt, partial, *zs.stride(), *zt.stride(), classes, voxels, 1 / temperature, kind, padded, block
-        )
+        with torch.cuda.device_of(zs):
+            _divergence[partial.shape[1], batch](
+                zs, zt, partial, *zs.stride(), *zt.stride(), classes, voxels, 1 / temperature, kind, padded, block
+            )
     return partial.sum(1) * (temperature**2 / (classes * voxels))
 
 
@@ -160,21 +161,22 @@ def gradient(
     scale = upstream.to(torch.float32) * (temperature / math.prod(zs.shape[1:]))
     if batch:
         count_launch("pixel_gradient")
-        _gradient[triton.cdiv(voxels, block), batch](
-            zs,
-            zt,
-            scale,
-            result,
-            *zs.stride(),
-            *zt.stride(),
-            *result.stride(),
-            classes,
-            voxels,
-            1 / temperature,
-            kind,
-            padded,
-            block,
-        )
+        with torch.cuda.device_of(zs):
+            _gradient[triton.cdiv(voxels, block), batch](
+                zs,
+                zt,
+                scale,
+                result,
+                *zs.stride(),
+                *zt.stride(),
+                *result.stride(),
+                classes,
+                voxels,
+                1 / temperature,
+                kind,
+                padded,
+                block,
+            )
     return result.view(student.shape)
 
 

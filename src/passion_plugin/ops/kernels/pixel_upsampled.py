@@ -275,9 +275,10 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, scale_facto
     geometry, fine_voxels = _geometry(student, scale_factor)
     if batch:
         count_launch("pixel_upsampled_divergence")
-        _divergence[partial.shape[1], batch](
-            zs, zt, partial, *zs.stride(), *zt.stride(), *geometry, classes, 1 / temperature, _BLOCK
-        )
+        with torch.cuda.device_of(zs):
+            _divergence[partial.shape[1], batch](
+                zs, zt, partial, *zs.stride(), *zt.stride(), *geometry, classes, 1 / temperature, _BLOCK
+            )
     return partial.sum(1) * (temperature**2 / (classes * fine_voxels))
 
 
@@ -290,20 +291,21 @@ def gradient(upstream: Tensor, student: Tensor, teacher: Tensor, temperature: fl
     scale = upstream.to(torch.float32) * (temperature / (classes * fine_voxels))
     if batch:
         count_launch("pixel_upsampled_gradient")
-        _gradient[triton.cdiv(voxels, _BLOCK), batch](
-            zs,
-            zt,
-            scale,
-            result,
-            *zs.stride(),
-            *zt.stride(),
-            *result.stride(),
-            *geometry,
-            classes,
-            1 / temperature,
-            triton.next_power_of_2(classes),
-            _BLOCK,
-        )
+        with torch.cuda.device_of(zs):
+            _gradient[triton.cdiv(voxels, _BLOCK), batch](
+                zs,
+                zt,
+                scale,
+                result,
+                *zs.stride(),
+                *zt.stride(),
+                *result.stride(),
+                *geometry,
+                classes,
+                1 / temperature,
+                triton.next_power_of_2(classes),
+                _BLOCK,
+            )
     return result.view(student.shape)
 
 

@@ -197,8 +197,7 @@ def _finish(
     tl.store(to + 3 * K, predicted, mask=k < K)
     tl.store(to + 4 * K, inside, mask=k < K)
     tl.store(to + 5 * K, outside, mask=k < K)
-    share = count / voxels
-    terms = ((1 - share) * inside + share * outside) / voxels
+    terms = ((voxels - count) / voxels * inside + count / voxels * outside) / voxels
     tl.store(entropy + batch, tl.sum(terms, 0) / (K if REGIONS else 1))
     tl.store(dice + batch, 1 - tl.sum(2 * overlap / (predicted + count + _EPS), 0) / K)
 
@@ -217,12 +216,11 @@ def _gradient(
     count = tl.load(sums + K, mask=k < K, other=0.0)
     overlap = tl.load(sums + 2 * K, mask=k < K, other=0.0)
     size = tl.load(sums + 3 * K, mask=k < K, other=0.0) + count + _EPS
-    share = count / voxels
     dice = 2 * tl.load(to_dice + batch * dice_b) / K / size
     entropy = tl.load(to_entropy + batch * entropy_b) / voxels
     if REGIONS:
         entropy = entropy / K
-    weight = (entropy * (1 - share))[:, None]
+    weight = (entropy * ((voxels - count) / voxels))[:, None]
 
     v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     logits += batch * logits_b
@@ -233,7 +231,7 @@ def _gradient(
     slope = (dice * overlap / size)[:, None] - tl.where(member, dice[:, None], 0.0)
     if REGIONS:
         p = tl.sigmoid(z)
-        found = p * (1 - p) * slope + tl.where(member, weight * (p - 1), (entropy * share)[:, None] * p)
+        found = p * (1 - p) * slope + tl.where(member, weight * (p - 1), (entropy * (count / voxels))[:, None] * p)
     else:
         _, exponential, total = _softmax(z, k, K)
         p = exponential / total
