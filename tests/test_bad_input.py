@@ -384,26 +384,6 @@ class TestOrder:
         model.passion_loss(y)
         assert model.loss_terms().modalities == M
 
-    def test_many_steps_without_an_epoch_are_warned_of_once_and_many_passes_over_few_samples_are_none(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def steps(model: PassionWrapper, count: int) -> None:
-            x, mask, y = batch(MIXED)
-            for _ in range(count):
-                model(x, mask)
-                model.passion_loss(y)
-
-        table = PresenceTable.from_array(MIXED, M)
-        model = PassionWrapper(MeanNet(M), M, presence=table)
-        steps(model, 8)  # A warning would be an error here.
-        monkeypatch.setattr("passion_plugin.strategies.passion._STEPS_WITHOUT_EPOCH", 8)
-        with pytest.warns(PassionWarning, match=r"end_epoch\(\) has not been called for \d+ samples in 9 steps"):
-            steps(model, 1)
-        steps(model, 1)
-        # In a training set that is larger than this the epoch may not be over yet.
-        large = PassionWrapper(MeanNet(M), M, presence=PresenceTable.from_array(MIXED * 10, M))
-        steps(large, 9)
-
     def test_an_empty_epoch_warns_once_and_changes_nothing(self) -> None:
         model = wrap()
         with pytest.warns(PassionWarning, match="empty: no distance was recorded; compute the PASSION loss"):

@@ -599,20 +599,30 @@ def test_a_backbone_whose_classifier_alone_is_trained_still_learns() -> None:
     assert net.classifier.weight.grad.any()
 
 
-def test_a_training_loop_that_never_ends_an_epoch_is_warned_once() -> None:
+def test_a_training_loop_that_never_ends_an_epoch_is_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net = MeanNet(NAMES[:2])
     x, mask, y = batch([[1, 1]] * 2)
-    model = PassionWrapper(net, NAMES[:2], presence=np.ones((2, 2), dtype=bool), spec=spec_of(net))
-    for _ in range(2):
-        step(model, x, mask, y)
-    with pytest.warns(PassionWarning, match="Call it once after each epoch"):
+
+    def wrapped(samples: int) -> PassionWrapper:
+        return PassionWrapper(net, NAMES[:2], presence=np.ones((samples, 2), dtype=bool), spec=spec_of(net))
+
+    model = wrapped(2)
+    for _ in range(6):
+        step(model, x, mask, y)  # An epoch may be many passes: a warning would be an error here.
+    monkeypatch.setattr("passion_plugin.strategies.passion._STEPS_WITHOUT_EPOCH", 6)
+    with pytest.warns(
+        PassionWarning, match=r"not been called for 14 samples in 7 steps.*Call it once after each epoch"
+    ):
         step(model, x, mask, y)
     step(model, x, mask, y)  # A second warning would be an error here.
     model.unwrap()
-    ending = PassionWrapper(net, NAMES[:2], presence=np.ones((2, 2), dtype=bool), spec=spec_of(net))
-    for _ in range(6):
-        step(ending, x, mask, y)
-        ending.end_epoch()
+    for samples, ends in ((2, True), (10, False)):
+        quiet = wrapped(samples)
+        for _ in range(9):
+            step(quiet, x, mask, y)
+            if ends:
+                quiet.end_epoch()
+        quiet.unwrap()
 
 
 def test_end_epoch_returns_the_preference_of_the_distances_that_were_measured() -> None:
