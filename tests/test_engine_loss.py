@@ -599,6 +599,34 @@ def test_a_backbone_whose_classifier_alone_is_trained_still_learns() -> None:
     assert net.classifier.weight.grad.any()
 
 
+class OnlyPresent(MeanNet):
+    """Runs no encoder whose modality is missing in the whole batch."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        here = mask.any(0).nonzero().flatten().tolist()
+        stacked = torch.stack([self.encoders[self.names[m]](x[:, m : m + 1]) for m in here], dim=1)
+        weight = mask[:, here, None, None, None].to(x.dtype)
+        return self.classifier(self.decoder((stacked * weight).sum(1) / weight.sum(1)))
+
+
+@pytest.mark.parametrize("network", [MeanNet, OnlyPresent])
+@pytest.mark.parametrize("detected", [False, True])
+def test_a_modality_added_to_a_frozen_network_is_trained_alone(network: type[MeanNet], detected: bool) -> None:
+    net = network(NAMES[:2])
+    net.requires_grad_(False)
+    net.encoders["t1ce"].requires_grad_(True)
+    x, mask, y = batch([[1, 1], [1, 1], [1, 1], [1, 0]])
+    model = PassionWrapper(net, NAMES[:2], missing_rates=[0.2, 0.5], spec=None if detected else spec_of(net))
+    step(model, x, mask, y).backward()
+    assert model.loss_terms().distance[:3].min() > 0
+    assert [name for name, value in copies_gradients(net).items() if value.any()] == [
+        "encoders.t1ce.0.weight",
+        "encoders.t1ce.0.bias",
+    ]
+    assert model.passion.bound is not None
+    assert model.passion.bound.spec.students == "replay"
+
+
 def test_a_training_loop_that_never_ends_an_epoch_is_warned_once() -> None:
     net = MeanNet(NAMES[:2])
     x, mask, y = batch([[1, 1]] * 2)
