@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
-from passion_plugin import BackboneSpec, LossTerms, PassionConfig, PassionWarning, PassionWrapper
+from passion_plugin import BackboneError, BackboneSpec, LossTerms, PassionConfig, PassionWarning, PassionWrapper
 from passion_plugin.objective import passion_objective
 from passion_plugin.targets import prepare_target, resize_labels
 from passion_plugin.testing import (
@@ -271,6 +271,51 @@ def test_resized_labels_are_labels_that_were_there(spatial: tuple[int, ...]) -> 
     masks = F.one_hot(labels, 7).movedim(-1, 1)
     assert torch.equal(resize_labels(masks, spatial).argmax(1), small)
     assert resize_labels(labels, tuple(labels.shape[1:])) is labels
+
+
+@pytest.mark.parametrize(
+    ("size", "spatial"), [((20, 20), (7, 6)), ((9, 8), (5, 2)), ((9, 5, 20), (4, 5, 1)), ((155, 240), (39, 60))]
+)
+def test_strides_may_differ_between_axes_and_round_up_or_down(size: tuple[int, ...], spatial: tuple[int, ...]) -> None:
+    assert resize_labels(torch.zeros(2, *size, dtype=torch.long), spatial).shape == (2, *spatial)
+
+
+@pytest.mark.parametrize(
+    ("size", "spatial"), [((20, 20), (32, 32)), ((20, 20), (16, 20)), ((16, 20), (8, 21)), ((20, 20), (18, 18))]
+)
+def test_labels_are_not_stretched_over_what_was_padded_or_cropped(
+    size: tuple[int, ...], spatial: tuple[int, ...]
+) -> None:
+    with pytest.raises(BackboneError, match="seems to pad or crop"):
+        resize_labels(torch.zeros(2, *size, dtype=torch.long), spatial)
+
+
+class Padding(MeanNet):
+    """Pads images to a multiple of 16 and crops the prediction, or the features before the classifier."""
+
+    crop_features = False
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % 16, 0, -height % 16))
+        features = self.decoder(self.fuse(self.encode(padded), mask))
+        if self.crop_features:
+            features = features[..., :height, :width]
+        return self.classifier(features)[..., :height, :width]
+
+
+def test_a_network_that_pads_its_images_has_to_undo_it_before_the_classifier() -> None:
+    net = Padding(NAMES[:3])
+    x, mask, y = batch(MIXED, side=20)
+    with pytest.raises(BackboneError, match="pads its images has to undo that before this layer"):
+        PassionWrapper(net, NAMES[:3], missing_rates=[0.2, 0.4, 0.6])(x, mask)
+    with pytest.raises(BackboneError, match=r"size \(20, 20\), the logits or features of the backbone \(32, 32\)"):
+        step(wrap(net), x, mask, y)
+    net.crop_features = True
+    step(wrap(net), x, mask, y).backward()
+    net.crop_features = False
+    x, mask, y = batch(MIXED, side=32)
+    step(wrap(net), x, mask, y).backward()
 
 
 def test_one_hot_and_region_masks_are_told_apart_by_the_outputs() -> None:

@@ -146,7 +146,8 @@ class Examination:
             hint = f"; layers with that many output channels: {', '.join(likely)}" if likely else ""
             self.report.problem(
                 f"no layer's output is the prediction, as it is or after softmax, sigmoid or interpolation. Name "
-                f"the last layer of the fused prediction as classifier={hint}"
+                f"the last layer of the fused prediction as classifier={hint}. A backbone that pads its images has to "
+                f"undo that before this layer"
             )
         elif match.channels_last:
             self.report.problem(
