@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from passion_plugin import PassionWrapper
 from passion_plugin.backbone import BackboneSpec, MaskCodec
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.classifier import follows
@@ -197,6 +198,81 @@ def test_modality_without_a_module_of_its_own_has_an_empty_entry() -> None:
 
 
 # Classifier
+
+
+class Channels(nn.Module):
+    """Encoders for modalities of so many channels each, in one tensor or in a mapping."""
+
+    def __init__(self, **channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.encoders = nn.ModuleDict({name: conv(count, 4) for name, count in channels.items()})
+        self.head = conv(4, 3, 1)
+
+    def forward(self, x: Any, mask: Tensor) -> Tensor:
+        parts = x.split(list(self.channels.values()), 1) if isinstance(x, Tensor) else [x[n] for n in self.channels]
+        encoded = [encoder(part) for encoder, part in zip(self.encoders.values(), parts, strict=True)]
+        weight = mask[:, :, None, None, None].float()
+        return self.head((torch.stack(encoded, 1) * weight).sum(1) / weight.sum(1))
+
+    def absent(self, x: Tensor, mask: Tensor) -> Tensor:
+        kept = mask.repeat_interleave(torch.tensor(list(self.channels.values())), dim=1)
+        return torch.where(kept[:, :, None, None], x, 0)
+
+
+UNEVEN = [{"rgb": 3, "depth": 1}, {"depth": 1, "rgb": 3}, {"optical": 4, "sar": 1, "dem": 1}, {"a": 1, "b": 4, "c": 1}]
+
+
+def wrapped(net: Channels, students: Any = None, **fields: Any) -> PassionWrapper:
+    spec = None
+    if students is not None:
+        encoders = {name: f"encoders.{name}" for name in net.channels}
+        spec = BackboneSpec(encoders=encoders, classifier="head", students=students, **fields)
+    return PassionWrapper(net, tuple(net.channels), missing_rates=dict.fromkeys(net.channels, 0.3), spec=spec)
+
+
+def one_absent(net: Channels) -> tuple[Tensor, Tensor]:
+    mask = full(len(net.channels), 4)
+    mask[-1, -1] = False
+    return net.absent(images(sum(net.channels.values()), 4), mask), mask
+
+
+@pytest.mark.parametrize("channels", UNEVEN, ids=str)
+@pytest.mark.parametrize("students", [None, "auto", "replay"])
+def test_modalities_with_different_numbers_of_channels_in_one_tensor_are_refused(
+    channels: dict[str, int], students: Any
+) -> None:
+    net = Channels(**channels)
+    with pytest.raises(BackboneError, match=r"no module depends on .* different numbers of channels.*absent=.*mapping"):
+        wrapped(net, students)(*one_absent(net))
+
+
+@pytest.mark.parametrize("students", ["auto", "replay"])
+@pytest.mark.parametrize("channels", UNEVEN, ids=str)
+def test_different_numbers_of_channels_are_fine_in_a_mapping_or_with_absent(
+    channels: dict[str, int], students: Any
+) -> None:
+    net = Channels(**channels)
+    x, mask = one_absent(net)
+    parts = dict(zip(channels, x.split(list(channels.values()), 1), strict=True))
+    wanted = net(x, mask)
+    assert torch.equal(wrapped(net, students)(parts, mask), wanted)
+    model = wrapped(Channels(**channels), students, absent=net.absent)
+    model.backbone.load_state_dict(net.state_dict())
+    assert torch.equal(model(x, mask), wanted)
+
+
+@pytest.mark.parametrize("students", [None, "auto", "replay"])
+def test_modalities_of_as_many_channels_each_may_lie_in_one_tensor(students: Any) -> None:
+    net = Channels(a=2, b=2, c=2)
+    x, mask = one_absent(net)
+    assert torch.equal(wrapped(net, students)(x, mask), net(x, mask))
+
+
+def test_a_number_of_channels_that_cannot_be_dealt_out_is_refused_with_a_cure() -> None:
+    net = Channels(rgb=3, a=1, b=1)
+    with pytest.raises(BackboneError, match=r"got \(4, 5, 8, 8\)\. Modalities with different numbers of channels need"):
+        wrapped(net)(*one_absent(net))
 
 
 class Head(Net):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
-from passion_plugin import BackboneSpec, LossTerms, PassionConfig, PassionWarning, PassionWrapper
+from passion_plugin import BackboneError, BackboneSpec, LossTerms, PassionConfig, PassionWarning, PassionWrapper
 from passion_plugin.objective import passion_objective
 from passion_plugin.targets import prepare_target, resize_labels
 from passion_plugin.testing import (
@@ -271,6 +271,52 @@ def test_resized_labels_are_labels_that_were_there(spatial: tuple[int, ...]) -> 
     masks = F.one_hot(labels, 7).movedim(-1, 1)
     assert torch.equal(resize_labels(masks, spatial).argmax(1), small)
     assert resize_labels(labels, tuple(labels.shape[1:])) is labels
+
+
+@pytest.mark.parametrize(
+    ("size", "spatial"),
+    [((20, 20), (7, 6)), ((9, 8), (5, 2)), ((9, 5, 20), (4, 5, 1)), ((155, 240), (39, 60)), ((20, 21), (9, 9))],
+)
+def test_strides_may_differ_between_axes_and_round_up_or_down(size: tuple[int, ...], spatial: tuple[int, ...]) -> None:
+    assert resize_labels(torch.zeros(2, *size, dtype=torch.long), spatial).shape == (2, *spatial)
+
+
+@pytest.mark.parametrize(
+    ("size", "spatial"), [((20, 20), (32, 32)), ((20, 20), (16, 20)), ((16, 20), (8, 21)), ((20, 20), (18, 18))]
+)
+def test_labels_are_not_stretched_over_what_was_padded_or_cropped(
+    size: tuple[int, ...], spatial: tuple[int, ...]
+) -> None:
+    with pytest.raises(BackboneError, match="seems to pad or crop"):
+        resize_labels(torch.zeros(2, *size, dtype=torch.long), spatial)
+
+
+class Padding(MeanNet):
+    """Pads images to a multiple of 16 and crops the prediction, or the features before the classifier."""
+
+    crop_features = False
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % 16, 0, -height % 16))
+        features = self.decoder(self.fuse(self.encode(padded), mask))
+        if self.crop_features:
+            features = features[..., :height, :width]
+        return self.classifier(features)[..., :height, :width]
+
+
+def test_a_network_that_pads_its_images_has_to_undo_it_before_the_classifier() -> None:
+    net = Padding(NAMES[:3])
+    x, mask, y = batch(MIXED, side=20)
+    with pytest.raises(BackboneError, match="pads its images has to undo that before this layer"):
+        PassionWrapper(net, NAMES[:3], missing_rates=[0.2, 0.4, 0.6])(x, mask)
+    with pytest.raises(BackboneError, match=r"size \(20, 20\), the logits or features of the backbone \(32, 32\)"):
+        step(wrap(net), x, mask, y)
+    net.crop_features = True
+    step(wrap(net), x, mask, y).backward()
+    net.crop_features = False
+    x, mask, y = batch(MIXED, side=32)
+    step(wrap(net), x, mask, y).backward()
 
 
 def test_one_hot_and_region_masks_are_told_apart_by_the_outputs() -> None:
@@ -597,6 +643,34 @@ def test_a_backbone_whose_classifier_alone_is_trained_still_learns() -> None:
     step(wrap(net), x, mask, y).backward()
     assert net.classifier.weight.grad is not None
     assert net.classifier.weight.grad.any()
+
+
+class OnlyPresent(MeanNet):
+    """Runs no encoder whose modality is missing in the whole batch."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        here = mask.any(0).nonzero().flatten().tolist()
+        stacked = torch.stack([self.encoders[self.names[m]](x[:, m : m + 1]) for m in here], dim=1)
+        weight = mask[:, here, None, None, None].to(x.dtype)
+        return self.classifier(self.decoder((stacked * weight).sum(1) / weight.sum(1)))
+
+
+@pytest.mark.parametrize("network", [MeanNet, OnlyPresent])
+@pytest.mark.parametrize("detected", [False, True])
+def test_a_modality_added_to_a_frozen_network_is_trained_alone(network: type[MeanNet], detected: bool) -> None:
+    net = network(NAMES[:2])
+    net.requires_grad_(False)
+    net.encoders["t1ce"].requires_grad_(True)
+    x, mask, y = batch([[1, 1], [1, 1], [1, 1], [1, 0]])
+    model = PassionWrapper(net, NAMES[:2], missing_rates=[0.2, 0.5], spec=None if detected else spec_of(net))
+    step(model, x, mask, y).backward()
+    assert model.loss_terms().distance[:3].min() > 0
+    assert [name for name, value in copies_gradients(net).items() if value.any()] == [
+        "encoders.t1ce.0.weight",
+        "encoders.t1ce.0.bias",
+    ]
+    assert model.passion.bound is not None
+    assert model.passion.bound.spec.students == "replay"
 
 
 def test_a_training_loop_that_never_ends_an_epoch_is_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -117,6 +117,28 @@ def test_weights_in_bfloat16_train_too() -> None:
     loss = model(x, mask, passion_target=y)[1]
     assert loss.dtype == torch.float32
     loss.backward()
+    assert net.encoders["t1"][0].weight.grad.isfinite().all()
+    assert net.encoders["t1"][0].weight.grad.any()
+
+
+class FloatMasked(MeanNet):
+    """Multiplies by the mask as it comes, in whatever number format that is."""
+
+    def fuse(self, encoded: Sequence[Tensor], mask: Tensor) -> Tensor:
+        weight = mask[:, :, None, None, None]
+        return (torch.stack(list(encoded), dim=1) * weight).sum(1) / weight.sum(1)
+
+
+@pytest.mark.parametrize("detected", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_students_get_a_float_mask_in_the_number_format_of_the_call(dtype: torch.dtype, detected: bool) -> None:
+    net = FloatMasked(M).to(dtype)
+    x, mask, y = batch(TOGETHER, dtype=dtype)
+    spec = None if detected else spec_of(net, mask_format="float")
+    model = PassionWrapper(net, M, missing_rates=RATES, spec=spec)
+    model(x, mask.to(dtype), passion_target=y)[1].backward()
+    assert model.passion.bound is not None
+    assert model.passion.bound.spec.mask_format == "float"
     assert net.encoders["t1"][0].weight.grad.isfinite().all()
     assert net.encoders["t1"][0].weight.grad.any()
 

@@ -16,7 +16,7 @@ from passion_plugin import BackboneError, BackboneSpec, ConfigError, InputError,
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument
 from passion_plugin.backbone.inputs import batch_size, blank, join, split
-from passion_plugin.backbone.masks import check_mask, codec_for
+from passion_plugin.backbone.masks import check_mask, codec_for, encoded_like
 from passion_plugin.taps import resolve_module
 
 M = NAMES[:3]
@@ -346,6 +346,22 @@ class TestMasks:
         column = (columns or list(names)).index(names[0])
         says = column in raw if kind == "indices" else bool(raw[0, column])
         assert says is (row[0] if meaning == "present" else not row[0])
+
+    @pytest.mark.parametrize(
+        ("kind", "given", "wanted"),
+        [
+            ("float", torch.ones(2, 3).bfloat16(), torch.bfloat16),
+            ("float", None, torch.float32),
+            ("int", torch.ones(2, 3, dtype=torch.uint8), torch.uint8),
+            ("bool", torch.ones(2, 3), torch.bool),
+            ("float", torch.ones(2, 3, dtype=torch.bool), torch.float32),
+        ],
+    )
+    def test_a_mask_has_the_number_format_of_one_of_its_kind(self, kind: str, given: Any, wanted: torch.dtype) -> None:
+        mask = torch.tensor(MIXED, dtype=torch.bool)
+        raw = encoded_like(given, codec_for(kind, "present", None, M), mask)
+        assert raw.dtype == wanted
+        assert torch.equal(raw.bool(), mask)
 
     def test_indices_cannot_say_that_samples_differ(self) -> None:
         with pytest.raises(InputError, match="samples have different masks"):

@@ -158,9 +158,10 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     with bound.student_mode(), _only(bound, fused, segments), _tapped(bound) as taps:
         bound.run_masked(call, keep)
     prediction = _prediction(taps)
-    if torch.is_grad_enabled() and not prediction.features.requires_grad and _upstream_is_trainable(bound):
+    names = list(dict.fromkeys(modality for segment in segments for modality in segment.modalities))
+    if torch.is_grad_enabled() and not prediction.features.requires_grad and _upstream_is_trainable(bound, names):
         raise BackboneError(
-            f"the features of the student of {', '.join(segments[0].modalities)} carry no gradient, so that nothing "
+            f"the features of the student of {', '.join(names)} carry no gradient, so that nothing "
             f"would be distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
         )
     return prediction.split([len(segment.rows) for segment in segments])
@@ -200,11 +201,14 @@ def _is_of_the_machine(error: Exception) -> bool:
     return spoken or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
-def _upstream_is_trainable(bound: BoundBackbone) -> bool:
-    """Whether what is in front of the classifier has parameters to train; the encoders, where they are known."""
-    last = set() if bound.classifier is None else set(bound.classifier.parameters())
-    modules = [module for group in bound.encoders.values() for module in group] or [bound.backbone]
-    return any(p.requires_grad for module in modules for p in module.parameters() if p not in last)
+def _upstream_is_trainable(bound: BoundBackbone, modalities: Sequence[str]) -> bool:
+    """Whether these modalities can learn in front of the classifier: in their encoders, where they are known."""
+    own = [module for name in modalities for module in bound.encoders.get(name, ())]
+    others = [module for name, group in bound.encoders.items() if name not in modalities for module in group]
+    others += [] if bound.classifier is None else [bound.classifier]
+    elsewhere = {parameter for module in others for parameter in module.parameters()}
+    modules = own or [bound.backbone]
+    return any(p.requires_grad for module in modules for p in module.parameters() if p not in elsewhere)
 
 
 def _clone(leaf: Any) -> Any:

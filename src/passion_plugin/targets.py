@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin.backbone.spec import Outputs
-from passion_plugin.errors import InputError
+from passion_plugin.errors import BackboneError, InputError
 from passion_plugin.validate import Problems, check_labels, describe, unreadable
 
 __all__ = ["prepare_target", "resize_labels"]
@@ -58,13 +58,31 @@ def prepare_target(
 
 
 def resize_labels(labels: Tensor, spatial: tuple[int, ...]) -> Tensor:
-    """Bring labels (B, *spatial) or masks (B, K, *spatial) to another resolution, nearest neighbour."""
-    if tuple(labels.shape[-len(spatial) :]) == spatial:
+    """Bring labels (B, *spatial) or masks (B, K, *spatial) to a coarser resolution, nearest neighbour.
+
+    Raises:
+        BackboneError: along some axis no whole number leads from the one size to the other.
+    """
+    size = tuple(labels.shape[-len(spatial) :])
+    if size == spatial:
         return labels
+    if not all(map(_is_coarser, size, spatial)):
+        raise BackboneError(
+            f"the labels have size {size}, the logits or features of the backbone {spatial}, which is no down-sampling "
+            f"by a whole number along each axis: it seems to pad or crop its images inside, and labels would be "
+            f"stretched over other voxels. Pad or crop images and labels before the backbone gets them, or let it "
+            f"bring its features back to the size of the images before the classifier"
+        )
     masks = labels.ndim == len(spatial) + 2
     values = labels if masks else labels.unsqueeze(1)
     resized = F.interpolate(values.float(), size=spatial, mode="nearest").to(labels.dtype)
     return resized if masks else resized.squeeze(1)
+
+
+def _is_coarser(size: int, other: int) -> bool:
+    """Whether a stride leads from one size to the other: rounded up, down, or to one less for want of padding."""
+    strides = range(2, size + 1)
+    return other == size or any(size // stride - 1 <= other <= -(-size // stride) for stride in strides)
 
 
 def _from_one_hot(target: Tensor) -> Tensor:

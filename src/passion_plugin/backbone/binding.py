@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from passion_plugin.backbone.calls import BackboneCall, locate_argument
 from passion_plugin.backbone.inputs import batch_size, blank, check_images, split
-from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
+from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for, encoded_like
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
 from passion_plugin.overrides import overridden_forward, undone
@@ -225,7 +225,7 @@ class BoundBackbone:
         if self.spec.call is not None:
             return self.spec.call(self.backbone, x, keep.to(device))
         if self._mask is not None:
-            call = call.replaced(self._mask, self._codec.encode(keep.to(device)))
+            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self._codec, keep.to(device)))
         return self.run(call)
 
     def rows(self, call: BackboneCall, index: Tensor, batch: int) -> BackboneCall:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from passion_plugin.backbone.classifier import ClassifierSearch, follows
+from passion_plugin.backbone.inputs import channel_share
 from passion_plugin.backbone.probe import Probe, maps_in, prediction_of
 from passion_plugin.overrides import Handler, overridden_forward
 
-__all__ = ["Detection", "Encoders", "detect"]
+__all__ = ["Detection", "Encoders", "detect", "uneven_channels"]
 
 Encoders = Mapping[str, tuple[str, ...]]
 """Names of modules by modality."""
@@ -79,18 +81,67 @@ def detect(probe: Probe) -> Detection:
     Args:
         probe: the backbone, in a sandbox.
     """
-    names = {module: name for name, module in probe.backbone.named_modules() if name}
-    everything = probe.presence()
-    search = ClassifierSearch(_prediction(probe, everything), names)
-    base = _Recording(names, probe.batch)
+    search = ClassifierSearch(_prediction(probe, probe.presence()), _names(probe))
     # Two contexts: a layer can be listened to for both reasons, and each override calls the one before.
     with overridden_forward(search.handlers()):
-        probe.run(probe.images(), everything, handlers=base.handlers())
+        base = _recorded(probe, probe.images())
+    private, shared = _dependencies(probe, base)
+    return Detection(probe.modalities, private, tuple(_outermost(shared)), search)
+
+
+def uneven_channels(probe: Probe) -> str:
+    """Say that the channels of a tensor do not belong to the modalities in equal parts; empty where nothing shows it.
+
+    Of modalities with different numbers of channels a small one has its module see only a part of what it is dealt,
+    and a large one has none that is not touched by its neighbour's share too.
+
+    Args:
+        probe: the backbone, in a sandbox.
+    """
+    x = probe.images()
+    share = channel_share(x, probe.modalities)
+    if probe.interface.absent is not None or share < 2:
+        return ""
+    base = _recorded(probe, x)
+    private, _ = _dependencies(probe, base)
+    lacking = [name for m, name in enumerate(probe.modalities) if m not in private.values()]
+    if not private or not lacking:
+        return ""
+    other = probe.images(*range(len(probe.modalities)))
+    blind: dict[str, int] = {}
+    for channel in range(share):
+        changed = x.clone()
+        changed[:, channel::share] = other[:, channel::share]
+        after = _recorded(probe, changed)
+        blind |= {name: private[name] for name in _outermost(private) if not _any_changed(base, after, name)}
+    if not blind:
+        return ""
+    name, owner = next(iter(blind.items()))
+    return (
+        f"the {x.shape[1]} channels of the images are dealt out as {share} for each of {probe.modalities}, but "
+        f"{name!r} sees only some of those of {probe.modalities[owner]!r}, and no module depends on {lacking[0]!r} "
+        f"alone: have they different numbers of channels? Where one is missing, a part of another would be blanked. "
+        f"Say in absent= (a function of images and mask) which channels are whose, or let the backbone take a mapping "
+        f"from modality to images"
+    )
+
+
+def _names(probe: Probe) -> dict[nn.Module, str]:
+    return {module: name for name, module in probe.backbone.named_modules() if name}
+
+
+def _recorded(probe: Probe, x: Any) -> _Recording:
+    recording = _Recording(_names(probe), probe.batch)
+    probe.run(x, probe.presence(), handlers=recording.handlers())
+    return recording
+
+
+def _dependencies(probe: Probe, base: _Recording) -> tuple[dict[str, int], list[str]]:
+    """Return the modality of every private module, in call order, and the modules called for one after the other."""
     depends: dict[str, list[set[int]]] = {name: [set() for _ in calls] for name, calls in base.calls.items()}
     unstable = set()
     for m in range(len(probe.modalities)):
-        other = _Recording(names, probe.batch)
-        probe.run(probe.images(m), everything, handlers=other.handlers())
+        other = _recorded(probe, probe.images(m))
         for name, calls in base.calls.items():
             if len(other.calls[name]) != len(calls):
                 unstable.add(name)
@@ -110,7 +161,7 @@ def detect(probe: Probe) -> Detection:
                 private[name] = next(iter(first))
         elif all(len(one) == 1 for one in sets):
             shared.append(name)
-    return Detection(probe.modalities, private, tuple(_outermost(shared)), search)
+    return private, shared
 
 
 def _prediction(probe: Probe, everything: Tensor) -> Tensor:
@@ -178,6 +229,11 @@ def _changed(before: list[Tensor] | None, after: list[Tensor] | None) -> bool:
         if old.numel() and float((old - new).abs().max()) > _CHANGED * float(old.abs().max()):
             return True
     return False
+
+
+def _any_changed(before: _Recording, after: _Recording, name: str) -> bool:
+    pairs = itertools.zip_longest(before.calls[name], after.calls[name])
+    return any(_changed(old, new) for old, new in pairs)
 
 
 def _outermost(names: Sequence[str] | Mapping[str, Any]) -> list[str]:

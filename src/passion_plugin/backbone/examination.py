@@ -8,7 +8,7 @@ from typing import Any
 
 from passion_plugin.backbone.anatomy import batch_layers
 from passion_plugin.backbone.checks import EFFECT, mask_behaviour, mask_meaning, settle_batch
-from passion_plugin.backbone.detection import Detection, Encoders, detect
+from passion_plugin.backbone.detection import Detection, Encoders, detect, uneven_channels
 from passion_plugin.backbone.findings import Report
 from passion_plugin.backbone.judgement import (
     judge_batch,
@@ -75,6 +75,8 @@ class Examination:
         self.known["mixed_masks"] = judge_batch(report, report.batch, self.layers, one_mask=not may_mix) and may_mix
         if probe.interface.mask_argument is not None:
             self._examine_mask(meaning)
+        if problem := uneven_channels(probe):
+            report.problem(problem)
         spec = self._searched() if self.searching else BackboneSpec(**self.known)
         if spec is None or report.problems:
             return
@@ -146,7 +148,8 @@ class Examination:
             hint = f"; layers with that many output channels: {', '.join(likely)}" if likely else ""
             self.report.problem(
                 f"no layer's output is the prediction, as it is or after softmax, sigmoid or interpolation. Name "
-                f"the last layer of the fused prediction as classifier={hint}"
+                f"the last layer of the fused prediction as classifier={hint}. A backbone that pads its images has to "
+                f"undo that before this layer"
             )
         elif match.channels_last:
             self.report.problem(

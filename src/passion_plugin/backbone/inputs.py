@@ -11,7 +11,7 @@ from torch import Tensor
 from passion_plugin.errors import InputError, raise_problems, suggest
 from passion_plugin.validate import describe, unreadable
 
-__all__ = ["batch_size", "blank", "check_images", "join", "split"]
+__all__ = ["batch_size", "blank", "channel_share", "check_images", "join", "split"]
 
 
 def check_images(x: Any, modalities: Sequence[str]) -> None:
@@ -55,7 +55,8 @@ def split(x: Any, modalities: Sequence[str]) -> list[Tensor]:
         if x.ndim < 3 or x.shape[1] % count:
             raise InputError(
                 f"the input must have shape (batch, {count} × channels, *spatial) for modalities "
-                f"{tuple(modalities)}, got {tuple(x.shape)}"
+                f"{tuple(modalities)}, got {tuple(x.shape)}. Modalities with different numbers of channels need a "
+                f"mapping by name, or BackboneSpec.absent"
             )
         return list(x.chunk(count, dim=1))
     if isinstance(x, Mapping):
@@ -70,6 +71,11 @@ def split(x: Any, modalities: Sequence[str]) -> list[Tensor]:
         f"the input must be a tensor, a list of {count} tensors or a mapping by modality name, got "
         f"{type(x).__name__}. For anything else set BackboneSpec.absent and BackboneSpec.call"
     )
+
+
+def channel_share(x: Any, modalities: Sequence[str]) -> int:
+    """Return how many channels of one tensor each modality is dealt; 0 for any other container."""
+    return x.shape[1] // len(modalities) if isinstance(x, Tensor) and x.ndim >= 3 else 0
 
 
 def join(parts: Sequence[Tensor], like: Any, modalities: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from passion_plugin.errors import InputError
 from passion_plugin.validate import unreadable
 
-__all__ = ["MASK_FORMATS", "MaskCodec", "check_mask"]
+__all__ = ["MASK_FORMATS", "MaskCodec", "check_mask", "encoded_like"]
 
 MASK_FORMATS = ("bool", "float", "int", "indices")
 
@@ -55,6 +55,28 @@ def codec_for(mask_format: str, meaning: str, columns: Sequence[str] | None, mod
     codec = _TensorCodec if mask_format != "indices" else _IndexCodec
     translation = codec(mask_format, meaning == "missing", tuple(order), tuple(inverse))
     return MaskCodec(translation.encode, translation.decode)
+
+
+def encoded_like(given: Any, codec: MaskCodec, mask: Tensor) -> Any:
+    """Return what a backbone takes for ``mask``, in the number format of the mask that its user gave.
+
+    The features of a network in bfloat16 become float32 under a float32 mask, which its next layer refuses.
+
+    Args:
+        given: the mask in the user's call, or None.
+        codec: how the backbone is told.
+        mask: bool (B, M), True = present.
+
+    Example:
+        >>> codec = codec_for("float", "present", None, ("t1", "t2"))
+        >>> encoded_like(torch.ones(1, 2).half(), codec, torch.tensor([[True, False]]))
+        tensor([[1., 0.]], dtype=torch.float16)
+    """
+    raw = codec.encode(mask)
+    if not isinstance(raw, Tensor) or not isinstance(given, Tensor):
+        return raw
+    same_kind = raw.is_floating_point() == given.is_floating_point() and torch.bool not in (raw.dtype, given.dtype)
+    return raw.to(given.dtype) if same_kind else raw
 
 
 def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument
 from passion_plugin.backbone.inputs import batch_size, blank, join, split
-from passion_plugin.backbone.masks import MaskCodec, codec_for
+from passion_plugin.backbone.masks import MaskCodec, codec_for, encoded_like
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
@@ -220,7 +220,7 @@ class Probe:
         for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
             call = call.replaced(argument, value)
         if self._mask is not None:
-            call = call.replaced(self._mask, self.codec.encode(keep.to(_device(x))))
+            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(_device(x))))
         return call
 
     def run(

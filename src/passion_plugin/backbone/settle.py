@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
+from passion_plugin.backbone.detection import uneven_channels
+from passion_plugin.backbone.inputs import channel_share
 from passion_plugin.backbone.presets import find_preset, preset
+from passion_plugin.backbone.probe import Interface, Probe
 from passion_plugin.backbone.report import examine_call
-from passion_plugin.backbone.sandbox import sandbox
+from passion_plugin.backbone.sandbox import lazy_parameters, sandbox
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, raise_problems
@@ -80,7 +84,7 @@ def settled_backbone(
         backbone: the module.
         call: arguments of a forward.
         modalities: names.
-        spec: what is known; a spec whose ``students`` is not ``"auto"`` is taken at its word.
+        spec: what is known; a spec whose ``students`` is not ``"auto"`` is taken at its word, but for the channels.
         config: what students must be able to do.
         forward: what to call to run the backbone, when that is not the backbone itself.
 
@@ -88,6 +92,7 @@ def settled_backbone(
         BackboneError: listing what was not found or does not hold.
         ConfigError: the configuration asks for something that this backbone cannot do.
     """
+    examined = spec is None or spec.students == "auto"
     if spec is None or spec.students == "auto":
         if is_sharded(backbone):
             raise BackboneError(
@@ -109,7 +114,10 @@ def settled_backbone(
             "missing modalities put out (auxiliary outputs? batch normalisation in an encoder?); use "
             "'auto', or set BackboneSpec(skippable=True) if you know better"
         )
-    return BoundBackbone(backbone, spec, modalities, forward)
+    bound = BoundBackbone(backbone, spec, modalities, forward)
+    if not examined and (problem := _uneven_channels(bound, call)):
+        raise BackboneError(f"{type(backbone).__name__} cannot be wrapped as it is: {problem}")
+    return bound
 
 
 def example_call(example_input: Any, example_mask: Any, spec: BackboneSpec | None) -> BackboneCall:
@@ -117,6 +125,24 @@ def example_call(example_input: Any, example_mask: Any, spec: BackboneSpec | Non
     several = spec is not None and not isinstance(spec.input_argument, (int, str))
     images = tuple(example_input) if several else (example_input,)
     return BackboneCall(images if example_mask is None else (*images, example_mask), {})
+
+
+def _uneven_channels(bound: BoundBackbone, call: BackboneCall) -> str:
+    """Look for the one thing that is wrong with the images whatever a spec says: not as many channels of each modality.
+
+    Empty where that cannot be found out: a spec that is taken at its word is for backbones that cannot be examined.
+    """
+    backbone, spec, modalities = bound.backbone, bound.spec, bound.modalities
+    if spec.absent is not None or channel_share(bound.input_of(call), modalities) < 2:
+        return ""
+    if is_sharded(backbone) or lazy_parameters(backbone):
+        return ""
+    interface = Interface(**{field.name: getattr(spec, field.name) for field in fields(Interface)})
+    try:
+        with sandbox(backbone):
+            return uneven_channels(Probe(backbone, _smaller(backbone, call), modalities, interface))
+    except Exception:  # What is wrong with this call, the pass that follows will say.
+        return ""
 
 
 def _smaller(backbone: nn.Module, call: BackboneCall) -> BackboneCall:

@@ -222,7 +222,7 @@ def true_student(probe: Probe, spec: BackboneSpec, presence: Tensor, segment: Se
         segment: modalities and rows.
         *changed: numbers of modalities that get other content.
     """
-    bound = probe.bind(spec.replaced(encoders={}, students="rerun"))
+    bound = probe.bind(spec.replaced(students="rerun"))
     call = probe.arguments(probe.images(*changed), presence)
     nobody = Prediction(torch.empty(0), torch.empty(0))
     reseed()
