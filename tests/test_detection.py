@@ -421,6 +421,25 @@ def test_training_switch_becomes_the_light_mode_only_where_it_changes_no_predict
     assert spec_of(found(SwitchedHeads(harmless))).light == ({"is_training": False} if harmless else {})
 
 
+class SwitchInsideCheckpoint(SwitchedHeads):
+    """What is checkpointed runs again in backward, when the switch is back."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        def decoded(*features: Tensor) -> tuple[Tensor, ...]:
+            aux = (self.aux(features[0]),) if self.is_training else ()
+            return self.fusion(torch.cat(features, dim=1)), *aux
+
+        features = self.hide(self.encode(x), mask)
+        fused, *aux = checkpoint(decoded, *features, use_reentrant=False) if self.training else decoded(*features)
+        return self.head(fused), *aux
+
+
+def test_training_switch_that_a_checkpoint_reads_again_is_left_alone() -> None:
+    spec = spec_of(found(SwitchInsideCheckpoint(harmless=True)))
+    assert spec.light == {}
+    assert spec.students == "replay"
+
+
 # Mask
 
 

@@ -106,8 +106,9 @@ def settled_backbone(
     if config.skip_missing_encoders is True and not spec.skippable:
         raise ConfigError(
             "skip_missing_encoders=True, but the checks did not show that nothing depends on what the encoders of "
-            "missing modalities put out (auxiliary outputs? batch normalisation in an encoder?); use "
-            "'auto', or set BackboneSpec(skippable=True) if you know better"
+            "missing modalities put out (auxiliary outputs? batch normalisation in an encoder? activation "
+            "checkpointing round more than the encoder?); use 'auto', or set "
+            "BackboneSpec(skippable=True) if you know better"
         )
     return BoundBackbone(backbone, spec, modalities, forward)
 
