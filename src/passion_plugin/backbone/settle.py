@@ -94,10 +94,7 @@ def settled_backbone(
                 "a sharded backbone cannot be examined: pass example_input= and example_mask= when you wrap it and "
                 "call fully_shard afterwards, or give a spec that says how students are run"
             )
-        report = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec)
-        report.raise_problems()
-        spec = report.spec
-        assert spec is not None
+        spec = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec).accepted()
     if config.stack_students and not spec.stackable:
         raise ConfigError(
             "stack_students=True, but the checks did not show that this backbone gives the same numbers for "

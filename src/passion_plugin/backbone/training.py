@@ -18,7 +18,7 @@ from passion_plugin.backbone.anatomy import dropout_layers
 from passion_plugin.backbone.binding import resting_buffers
 from passion_plugin.backbone.checks import equality_tolerance
 from passion_plugin.backbone.probe import Probe, prediction_of, relative_difference
-from passion_plugin.backbone.sandbox import reseed
+from passion_plugin.backbone.sandbox import reseed, same_values
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
 from passion_plugin.overrides import Handler, overridden_forward
@@ -31,6 +31,7 @@ __all__ = [
     "gradient_difference",
     "gradient_paths",
     "light_difference",
+    "moved_buffers",
     "skipping_difference",
     "training_problems",
     "true_student",
@@ -173,6 +174,35 @@ def light_difference(probe: Probe, spec: BackboneSpec, light: BackboneSpec) -> f
         with torch.enable_grad():
             reference, student = (true_student(probe, how, presence, segment).logits for how in (spec, light))
             return _gradient_apart(probe, student, reference, parameters) or 0.0
+
+
+def moved_buffers(probe: Probe, spec: BackboneSpec) -> list[str]:
+    """Return the names of the buffers that the backward of a student changes in training mode.
+
+    Buffers rest while a student runs forward. What is checkpointed runs again in backward.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: with ``students`` decided.
+    """
+    if spec.students == "heads":
+        return []
+    bound, presence = probe.bind(spec), probe.presence()
+    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
+    with _training_mode(probe.backbone):
+        try:
+            reseed()
+            # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
+            fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
+            with torch.enable_grad():
+                student = student_pass(bound, fused, [_whole_batch(probe, probe.modalities[0])])[0].logits
+                total = _projected(student)
+            before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
+            torch.autograd.grad(total, parameters, allow_unused=True)
+        except Exception:  # there is nothing to train, or nothing that can be: others say so
+            return []
+        after = dict(probe.backbone.named_buffers())
+        return [name for name, buffer in before.items() if name in after and not same_values(after[name], buffer)]
 
 
 def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
