@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,8 @@ from passion_plugin.backbone import BackboneSpec, MaskCodec
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.classifier import follows
 from passion_plugin.backbone.report import Report, examine, examine_call
-from passion_plugin.errors import BackboneError
+from passion_plugin.errors import BackboneError, PassionWarning
+from passion_plugin.wrapper import PassionWrapper
 
 NAMES = ("flair", "t1", "t1ce")
 
@@ -497,6 +500,25 @@ def test_training_switch_becomes_the_light_mode_only_where_it_changes_no_predict
     assert spec_of(found(SwitchedHeads(harmless))).light == ({"is_training": False} if harmless else {})
 
 
+class SwitchInsideCheckpoint(SwitchedHeads):
+    """What is checkpointed runs again in backward, when the switch is back."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        def decoded(*features: Tensor) -> tuple[Tensor, ...]:
+            aux = (self.aux(features[0]),) if self.is_training else ()
+            return self.fusion(torch.cat(features, dim=1)), *aux
+
+        features = self.hide(self.encode(x), mask)
+        fused, *aux = checkpoint(decoded, *features, use_reentrant=False) if self.training else decoded(*features)
+        return self.head(fused), *aux
+
+
+def test_training_switch_that_a_checkpoint_reads_again_is_left_alone() -> None:
+    spec = spec_of(found(SwitchInsideCheckpoint(harmless=True)))
+    assert spec.light == {}
+    assert spec.students == "replay"
+
+
 # Mask
 
 
@@ -713,6 +735,45 @@ class Checkpointed(Net):
 def test_reentrant_checkpointing_is_refused_and_the_other_kind_is_not() -> None:
     assert "use_reentrant=False" in only_problem(found(Checkpointed(reentrant=True)))
     assert spec_of(found(Checkpointed(reentrant=False)))
+
+
+class CheckpointedNorm(Net):
+    """A layer with running statistics, under activation checkpointing or not."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.norm = nn.BatchNorm2d(4)
+        if where == "encoder":
+            for name in self.names:
+                self.get_submodule(f"{name}_encoder").append(nn.BatchNorm2d(4))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        if self.where != "encoder":
+            return super().encode(x)
+        parts = zip(self.names, x.chunk(3, 1), strict=True)
+        return [checkpoint(self.get_submodule(f"{name}_encoder"), part, use_reentrant=False) for name, part in parts]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        fused = self.fused(x, mask)
+        if self.where == "decoder" and self.training:
+            return self.head(checkpoint(self.norm, fused, use_reentrant=False))
+        return self.head(self.norm(fused))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "encoder", "decoder"])
+def test_statistics_under_checkpointing_are_warned_about_where_students_move_them(where: str) -> None:
+    x, network = images(), CheckpointedNorm(where)
+    bare = copy.deepcopy(network)
+    model = PassionWrapper(network, NAMES, missing_rates=(0.2, 0.4, 0.6))
+    moving = where == "decoder"
+    with pytest.warns(PassionWarning, match=r"'norm' .*checkpointing") if moving else contextlib.nullcontext():
+        prediction = model(x, full())
+    (prediction.sum() + model.passion_loss(torch.arange(128).view(2, 8, 8) % 3)).backward()
+    bare(x, full()).sum().backward()
+    same = [torch.equal(own, other) for own, other in zip(network.buffers(), bare.buffers(), strict=True)]
+    assert all(same) != moving
+    assert any("'norm'" in text for text in found(CheckpointedNorm(where)).warnings) == moving
 
 
 class HalfCheckpointed(LongPath):

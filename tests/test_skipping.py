@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients
 from passion_plugin import PassionConfig, PassionWrapper
@@ -125,6 +126,25 @@ class Unmasked(MeanNet):
         return torch.stack(list(encoded)).mean(0) * mask.any(1).view(-1, 1, 1, 1)
 
 
+class CheckpointedWhileTraining(MeanNet):
+    """Encoders run again in backward, skipped or not."""
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        def stage(name: str, part: Tensor) -> Tensor:
+            return self.encoders[name](part).tanh()
+
+        parts = zip(self.names, x.chunk(len(self.names), 1), strict=True)
+        if not self.training:
+            return [stage(name, part) for name, part in parts]
+        return [checkpoint(stage, name, part, use_reentrant=False) for name, part in parts]
+
+
+class DeepWhileTraining(DeepNet):
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        result = super().forward(x, mask)
+        return result if self.training else result[0]
+
+
 def with_layer(layer: Callable[[], nn.Module]) -> nn.Module:
     net = MeanNet(THREE)
     for name in THREE:
@@ -137,6 +157,8 @@ def with_layer(layer: Callable[[], nn.Module]) -> nn.Module:
     [
         pytest.param(lambda: Unmasked(THREE), id="features are not masked"),
         pytest.param(lambda: DeepNet(THREE), id="uni-modal outputs of missing modalities are returned"),
+        pytest.param(lambda: DeepWhileTraining(THREE), id="they are returned in training only"),
+        pytest.param(lambda: CheckpointedWhileTraining(THREE), id="encoders run again in backward"),
         pytest.param(lambda: with_layer(lambda: nn.BatchNorm2d(4)), id="batch statistics in an encoder"),
     ],
 )

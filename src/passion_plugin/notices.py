@@ -1,4 +1,4 @@
-"""Warnings about a running training; each is given once."""
+"""Warnings about a training; each is given once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from passion_plugin.balance import Preference
 from passion_plugin.errors import PassionWarning
 
-__all__ = ["Notices"]
+__all__ = ["Notices", "warn_user"]
 
 _OURS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
 
@@ -47,10 +47,10 @@ class Notices:
     def _once(self, key: str, message: str) -> None:
         if key not in self._given:
             self._given.add(key)
-            _warn(message)
+            warn_user(message)
 
 
-def _warn(message: str) -> None:
+def warn_user(message: str) -> None:
     """Warn about the line of the user: the first one on the stack that is neither ours nor of torch."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):

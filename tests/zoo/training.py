@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +118,44 @@ class CheckpointedDecoder(Net):
 
     def decode(self, features: Sequence[Tensor]) -> Tensor:
         return checkpoint(super().decode, list(features), use_reentrant=False)
+
+
+@zoo()
+class CheckpointedWhileTraining(Net):
+    """In training only, the second half of each private path runs under checkpointing: in eval it can be replayed."""
+
+    def add_encoders(self) -> None:
+        super().add_encoders()
+        for name in self.names:
+            self.add_module(f"{name}_more", conv(self.width, self.width))
+
+    def encode(self, images: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+        def more(name: str, feature: Tensor) -> Tensor:
+            return nn.functional.gelu(self.get_submodule(f"{name}_more")(feature))
+
+        features = []
+        for index, name in enumerate(self.names):
+            feature = self.encoder(index)(images[index])
+            how = functools.partial(checkpoint, use_reentrant=False) if self.training else run_as_it_is
+            features.append(hide(how(more, name, feature), mask, index))
+        return features
+
+
+@zoo(rung="rerun", encoders=())
+class AllCheckpointedWhileTraining(Net):
+    """In training only, encoders and fusion share one checkpoint: nothing can be replayed, and nothing left out."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        def fused(x: Tensor, mask: Tensor) -> Tensor:
+            return self.fusion(torch.cat(self.encode(x.split(self.channels, dim=1), mask), dim=1))
+
+        how = functools.partial(checkpoint, use_reentrant=False) if self.training else run_as_it_is
+        return self.classifier(how(fused, x, mask))
+
+
+def run_as_it_is(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """In place of ``checkpoint``."""
+    return function(*args)
 
 
 @zoo(frozen=(0,))

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["Anatomy", "anatomy", "batch_layers"]
+__all__ = ["Anatomy", "anatomy", "batch_layers", "dropout_layers"]
 
 _PARALLEL = "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -56,7 +56,7 @@ def anatomy(backbone: nn.Module) -> Anatomy:
         normalisation=dict(Counter(norms)),
         batch_statistics=len(batch),
         no_running=sum(layer.running_mean is None for layer in batch),
-        dropout=sum(isinstance(module, _DropoutNd) and module.p > 0 for module in modules.values()),
+        dropout=sum(layer.p > 0 for layer in dropout_layers(backbone)),
         frozen=tuple(name for name, parameter in backbone.named_parameters() if not parameter.requires_grad),
         shared=tuple(tuple(group) for group in names.values() if len(group) > 1),
         in_place=tuple(name for name, module in modules.items() if vars(module).get("inplace") is True),
@@ -68,6 +68,11 @@ def anatomy(backbone: nn.Module) -> Anatomy:
 def batch_layers(backbone: nn.Module) -> list[nn.Module]:
     """Return the layers that give a sample something else in training when other samples are not there."""
     return [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+
+
+def dropout_layers(backbone: nn.Module) -> list[_DropoutNd]:
+    """Return the layers of torch that draw random numbers in training."""
+    return [module for module in backbone.modules() if isinstance(module, _DropoutNd)]
 
 
 def _wrappers(modules: dict[str, nn.Module]) -> list[str]:

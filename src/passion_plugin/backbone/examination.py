@@ -12,6 +12,7 @@ from passion_plugin.backbone.detection import Detection, Encoders, detect, uneve
 from passion_plugin.backbone.findings import Report
 from passion_plugin.backbone.judgement import (
     judge_batch,
+    judge_buffers,
     judge_idle_mask,
     judge_layers,
     judge_mask,
@@ -27,7 +28,7 @@ from passion_plugin.backbone.ladder import (
 from passion_plugin.backbone.masks import MaskCodec
 from passion_plugin.backbone.probe import PREDICTION_KEYS, Interface, Probe, rival_predictions
 from passion_plugin.backbone.spec import BackboneSpec
-from passion_plugin.backbone.training import gradient_paths, skipping_difference, training_problems
+from passion_plugin.backbone.training import gradient_paths, moved_buffers, skipping_difference, training_problems
 
 __all__ = ["Examination"]
 
@@ -207,6 +208,7 @@ class Examination:
             report.problem(text)
         for text in warnings:
             report.warn(text)
+        judge_buffers(report, moved_buffers(self.probe, decided))
         return decided.replaced(
             stackable=spec.stackable or self._stackable(decided), skippable=spec.skippable or self._skippable(decided)
         )

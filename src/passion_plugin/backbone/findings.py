@@ -11,6 +11,7 @@ from passion_plugin.backbone.checks import EFFECT, BatchBehaviour, MaskBehaviour
 from passion_plugin.backbone.classifier import Match
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError, raise_problems
+from passion_plugin.notices import warn_user
 
 __all__ = ["Report"]
 
@@ -34,6 +35,7 @@ class Report:
         spec: how to talk to it, with ``students`` decided; None when it cannot be wrapped.
         problems: what makes it impossible to wrap, and what to do about it.
         warnings: what to know before training.
+        aloud: those of them that are given as PassionWarning too when the spec is taken from this report.
         searched: encoders and classifier were looked for.
         encoders: modules that depend on one modality alone.
         shared: modules that are called for one modality after the other.
@@ -58,6 +60,7 @@ class Report:
     spec: BackboneSpec | None = None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    aloud: tuple[str, ...] = ()
     searched: bool = False
     encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
@@ -82,13 +85,26 @@ class Report:
         """
         raise_problems(self.problems, what=f"{self.backbone} cannot be wrapped as it is", error=BackboneError)
 
+    def accepted(self) -> BackboneSpec:
+        """Return the spec, with a PassionWarning for what silently goes on in training.
+
+        Raises:
+            BackboneError: the backbone cannot be wrapped as it is.
+        """
+        self.raise_problems()
+        for text in self.aloud:
+            warn_user(f"{self.backbone}: {text}")
+        assert self.spec is not None
+        return self.spec
+
     def problem(self, text: str) -> None:
         """Add a problem."""
         self.problems += (text,) if text not in self.problems else ()
 
-    def warn(self, text: str) -> None:
-        """Add a warning."""
+    def warn(self, text: str, *, aloud: bool = False) -> None:
+        """Add a warning, to be given by :meth:`accepted` too if ``aloud``."""
         self.warnings += (text,) if text not in self.warnings else ()
+        self.aloud += (text,) if aloud and text not in self.aloud else ()
 
     def __str__(self) -> str:
         rows = [(label, text) for label, text in self._rows() if text]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from passion_plugin.backbone.anatomy import Anatomy
@@ -9,7 +11,7 @@ from passion_plugin.backbone.checks import EFFECT, BatchBehaviour, MaskBehaviour
 from passion_plugin.backbone.findings import Report
 from passion_plugin.backbone.ladder import References
 
-__all__ = ["judge_batch", "judge_idle_mask", "judge_layers", "judge_mask", "reasons_against_one_alone"]
+__all__ = ["judge_batch", "judge_buffers", "judge_idle_mask", "judge_layers", "judge_mask", "reasons_against_one_alone"]
 
 _BLANKED = "Students get a blanked input; keep missing channels blank in your data too"
 
@@ -78,6 +80,20 @@ def judge_batch(report: Report, found: BatchBehaviour, layers: Anatomy, *, one_m
             f"row read?)"
         )
     return not different
+
+
+def judge_buffers(report: Report, moved: Sequence[str]) -> None:
+    """Write down what it means that the backward of a student changes buffers."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in moved))
+    if layers:
+        more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+        report.warn(
+            f"buffers of {', '.join(map(repr, layers[:4]))}{more} (running statistics?) change in the backward of "
+            f"students too: activation checkpointing runs these layers again there. Single modalities then move the "
+            f"statistics that are used at test time. Keep these layers out of what is checkpointed, or use "
+            f"normalisation without running statistics",
+            aloud=True,
+        )
 
 
 def judge_mask(report: Report, found: MaskBehaviour, meaning: str, *, through_call: bool) -> None:

@@ -13,7 +13,7 @@ from passion_plugin.backbone.checks import EFFECT, equality_tolerance
 from passion_plugin.backbone.probe import Probe, relative_difference
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
-from passion_plugin.backbone.training import gradient_difference, true_student
+from passion_plugin.backbone.training import gradient_difference, light_difference, true_student
 from passion_plugin.errors import PassionError, short
 from passion_plugin.passes import Prediction, fused_pass, student_pass
 from passion_plugin.taps import Segment
@@ -154,12 +154,12 @@ def with_light_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
         table = probe.presence()
         segment = Segment.singles(probe.modalities, table)[0]
         try:
-            difference = _difference(
-                true_student(probe, light, table, segment), true_student(probe, spec, table, segment)
-            )
+            full, lean = (true_student(probe, how, table, segment) for how in (spec, light))
+            tolerance = 10 * equality_tolerance(full.logits)
+            kept = _difference(lean, full) <= 1e-6 and light_difference(probe, spec, light) <= tolerance
         except Exception:
             continue
-        if difference <= 1e-6:
+        if kept:
             return light
     return spec
 

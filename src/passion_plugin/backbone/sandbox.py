@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from passion_plugin.overrides import undone
 from passion_plugin.random_state import random_state, set_random_state
 
-__all__ = ["lazy_parameters", "reseed", "sandbox", "untouched_modes"]
+__all__ = ["lazy_parameters", "reseed", "same_values", "sandbox", "untouched_modes"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -133,7 +133,7 @@ class _Snapshot:
         with torch.no_grad():
             for tensor, kept in self.tensors:
                 # Written only where something changed: a write would invalidate graphs that the user holds.
-                if not _same_values(tensor, kept):
+                if not same_values(tensor, kept):
                     tensor.copy_(kept)
 
 
@@ -153,7 +153,8 @@ def _same_items(container: Any, kept: Any) -> bool:
     return all(a is b for a, b in zip(container, kept, strict=True))
 
 
-def _same_values(tensor: Tensor, kept: Tensor) -> bool:
+def same_values(tensor: Tensor, kept: Tensor) -> bool:
+    """Whether two tensors hold the same; NaN is the same as NaN."""
     if tensor.shape != kept.shape or tensor.dtype != kept.dtype or tensor.device != kept.device:
         return False
     if tensor.is_floating_point() or tensor.is_complex():

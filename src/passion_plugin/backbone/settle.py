@@ -99,10 +99,7 @@ def settled_backbone(
                 "a sharded backbone cannot be examined: pass example_input= and example_mask= when you wrap it and "
                 "call fully_shard afterwards, or give a spec that says how students are run"
             )
-        report = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec)
-        report.raise_problems()
-        spec = report.spec
-        assert spec is not None
+        spec = examine_call(backbone, _smaller(backbone, call), modalities, spec=spec).accepted()
     if config.stack_students and not spec.stackable:
         raise ConfigError(
             "stack_students=True, but the checks did not show that this backbone gives the same numbers for "
@@ -111,8 +108,9 @@ def settled_backbone(
     if config.skip_missing_encoders is True and not spec.skippable:
         raise ConfigError(
             "skip_missing_encoders=True, but the checks did not show that nothing depends on what the encoders of "
-            "missing modalities put out (auxiliary outputs? batch normalisation in an encoder?); use "
-            "'auto', or set BackboneSpec(skippable=True) if you know better"
+            "missing modalities put out (auxiliary outputs? batch normalisation in an encoder? activation "
+            "checkpointing round more than the encoder?); use 'auto', or set "
+            "BackboneSpec(skippable=True) if you know better"
         )
     bound = BoundBackbone(backbone, spec, modalities, forward)
     if not examined and (problem := _uneven_channels(bound, call)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from passion_plugin.backbone.anatomy import batch_layers
+from passion_plugin.backbone.anatomy import dropout_layers
 from passion_plugin.backbone.binding import resting_buffers
+from passion_plugin.backbone.checks import equality_tolerance
 from passion_plugin.backbone.probe import Probe, prediction_of, relative_difference
-from passion_plugin.backbone.sandbox import reseed
+from passion_plugin.backbone.sandbox import reseed, same_values
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError
 from passion_plugin.overrides import Handler, overridden_forward
@@ -28,6 +30,8 @@ __all__ = [
     "GradientPaths",
     "gradient_difference",
     "gradient_paths",
+    "light_difference",
+    "moved_buffers",
     "skipping_difference",
     "training_problems",
     "true_student",
@@ -138,49 +142,76 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
     """Return the largest relative difference between the gradient of a student and that of a true run.
 
     Equal outputs are not enough: a checkpointed encoder runs again in backward, when nothing is replayed any
-    more. Students run on the whole batch, on which recorded features are the same bit for bit: rounding that
-    depends on the batch size flips activations near zero, and gradients with them.
+    more. Training mode decides, since networks may checkpoint in training only; evaluation mode does where students
+    and true runs differ in training for another reason, such as noise.
 
     Args:
         probe: the backbone, in a sandbox.
         spec: with ``students`` decided.
     """
-    bound = probe.bind(spec)
-    presence = probe.presence()
-    owners = {
-        id(parameter): name
-        for name, modules in bound.encoders.items()
-        for module in modules
-        for parameter in module.parameters()
-    }
-    worst = 0.0
-    with torch.enable_grad():
-        reseed()
-        fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
-        for modality in probe.modalities:
-            parameters = [
-                parameter
-                for parameter in probe.backbone.parameters()
-                if parameter.requires_grad and owners.get(id(parameter), modality) == modality
-            ]
-            segment = Segment((modality,), torch.arange(probe.batch))
-            reference = true_student(probe, spec, presence, segment).logits
-            if not parameters or not reference.requires_grad:
-                continue
+    with _training_mode(probe.backbone):
+        differences = _gradient_differences(probe, spec) if _runs(probe, spec) else [None]
+    if None in differences:
+        differences = _gradient_differences(probe, spec)
+    return max([0.0, *(math.inf if found is None else found for found in differences)])
+
+
+def light_difference(probe: Probe, spec: BackboneSpec, light: BackboneSpec) -> float:
+    """Return the relative difference that light mode makes to the gradient of a true run in training mode.
+
+    A checkpointed decoder runs again in backward, when light mode is over.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: how to talk to it.
+        light: the same with light mode.
+    """
+    presence, segment = probe.presence(), _whole_batch(probe, probe.modalities[0])
+    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
+    with _training_mode(probe.backbone):
+        if not _runs(probe, spec):
+            return 0.0
+        with torch.enable_grad():
+            reference, student = (true_student(probe, how, presence, segment).logits for how in (spec, light))
+            return _gradient_apart(probe, student, reference, parameters) or 0.0
+
+
+def moved_buffers(probe: Probe, spec: BackboneSpec) -> list[str]:
+    """Return the names of the buffers that the backward of a student changes in training mode.
+
+    Buffers rest while a student runs forward. What is checkpointed runs again in backward.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        spec: with ``students`` decided.
+    """
+    if spec.students == "heads":
+        return []
+    bound, presence = probe.bind(spec), probe.presence()
+    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
+    with _training_mode(probe.backbone):
+        try:
             reseed()
-            student = student_pass(bound, fused, [segment])[0].logits
-            wanted, got = _gradient(_projected(reference), parameters), _gradient(_projected(student), parameters)
-            worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp(min=1e-30)))
-    return worst
+            # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
+            fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence)
+            with torch.enable_grad():
+                student = student_pass(bound, fused, [_whole_batch(probe, probe.modalities[0])])[0].logits
+                total = _projected(student)
+            before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
+            torch.autograd.grad(total, parameters, allow_unused=True)
+        except Exception:  # there is nothing to train, or nothing that can be: others say so
+            return []
+        after = dict(probe.backbone.named_buffers())
+        return [name for name, buffer in before.items() if name in after and not same_values(after[name], buffer)]
 
 
 def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     """Return the largest relative difference that skipping the encoders of missing modalities makes.
 
-    Compared are all maps and numbers that the backbone returns, its buffers afterwards and, for ``"absent"``, the
-    gradient that is sent to all parameters. Where encoders run on fewer rows, rounding flips activations near zero
-    and gradients with them. Batch normalisation is in training mode: its statistics, wherever they are taken, may
-    follow what a skipped encoder would put out.
+    Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards and, for
+    ``"absent"``, the gradient that is sent to all parameters. Where encoders run on fewer rows, rounding flips
+    activations near zero and gradients with them. Statistics of batch normalisation, wherever they are taken, may
+    follow what a skipped encoder would put out; noise, what it would draw.
 
     Args:
         probe: the backbone, in a sandbox.
@@ -197,15 +228,15 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
         results = []
         for how in ("no", skip):
-            with torch.enable_grad(), resting_buffers(probe.backbone), _batch_statistics(probe.backbone):
+            with torch.enable_grad(), _training_mode(probe.backbone):
                 reseed()
                 fused = fused_pass(bound, probe.arguments(probe.images(), table), table, skip=how)
                 leaves = [leaf for leaf in tree_leaves(fused.raw) if isinstance(leaf, Tensor)]
                 outputs = [leaf for leaf in leaves if leaf.is_floating_point()]
                 total = sum(_projected(leaf) for leaf in outputs if leaf.requires_grad)
                 results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
-            if skip == "absent" and isinstance(total, Tensor):
-                results[-1].append(_gradient(total, parameters))
+                if skip == "absent" and isinstance(total, Tensor):
+                    results[-1].append(_gradient(probe, total, parameters))
         # A buffer may hold infinities, which have no difference.
         changed = [pair for pair in zip(*results, strict=True) if not torch.equal(*pair)]
         worst = max([worst, *(relative_difference(skipped, full) for full, skipped in changed)])
@@ -231,15 +262,73 @@ def true_student(probe: Probe, spec: BackboneSpec, presence: Tensor, segment: Se
 
 
 @contextmanager
-def _batch_statistics(backbone: nn.Module) -> Iterator[None]:
-    layers = [layer for layer in batch_layers(backbone) if not layer.training]
+def _training_mode(backbone: nn.Module) -> Iterator[None]:
+    """Training mode, but for dropout layers, whose noise would hide other differences, and with buffers at rest."""
+    backbone.train()
     try:
-        for layer in layers:
-            layer.train()
-        yield
-    finally:
-        for layer in layers:
+        for layer in dropout_layers(backbone):
             layer.eval()
+        with resting_buffers(backbone):
+            yield
+    finally:
+        backbone.eval()
+
+
+def _whole_batch(probe: Probe, modality: str) -> Segment:
+    return Segment((modality,), torch.arange(probe.batch))
+
+
+def _runs(probe: Probe, spec: BackboneSpec) -> bool:
+    """Whether a true run goes through in the mode that the backbone is in."""
+    try:
+        true_student(probe, spec, probe.presence(), _whole_batch(probe, probe.modalities[0]))
+    except Exception:
+        return False
+    return True
+
+
+def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None]:
+    """Compare the students of all modalities with true runs, in the mode that the backbone is in.
+
+    Students run on the whole batch, on which recorded features are the same bit for bit: rounding that depends on the
+    batch size flips activations near zero, and gradients with them.
+    """
+    bound = probe.bind(spec)
+    presence = probe.presence()
+    owners = {
+        id(parameter): name
+        for name, modules in bound.encoders.items()
+        for module in modules
+        for parameter in module.parameters()
+    }
+    differences = []
+    with torch.enable_grad():
+        reseed()
+        with resting_buffers(probe.backbone):
+            keep = spec.students in ("replay", "mixed")
+            fused = fused_pass(bound, probe.arguments(probe.images(), presence), presence, keep_random_state=keep)
+        for modality in probe.modalities:
+            parameters = [
+                parameter
+                for parameter in probe.backbone.parameters()
+                if parameter.requires_grad and owners.get(id(parameter), modality) == modality
+            ]
+            segment = _whole_batch(probe, modality)
+            reference = true_student(probe, spec, presence, segment).logits
+            if not parameters or not reference.requires_grad:
+                continue
+            reseed()
+            student = student_pass(bound, fused, [segment])[0].logits
+            differences.append(_gradient_apart(probe, student, reference, parameters))
+    return differences
+
+
+def _gradient_apart(probe: Probe, student: Tensor, reference: Tensor, parameters: Sequence[Tensor]) -> float | None:
+    """Return the relative difference of two gradients, or None where the outputs are not equal to begin with."""
+    wanted, got = (_gradient(probe, _projected(output), parameters) for output in (reference, student))
+    if relative_difference(student.detach(), reference.detach()) > equality_tolerance(reference):
+        return None
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def _projected(output: Tensor) -> Tensor:
@@ -249,8 +338,10 @@ def _projected(output: Tensor) -> Tensor:
     return (output * weights).sum()
 
 
-def _gradient(total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    found = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
+def _gradient(probe: Probe, total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    # What is checkpointed runs again here: on the buffers that it met before.
+    with resting_buffers(probe.backbone):
+        found = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
     flat = [
         torch.zeros_like(parameter) if gradient is None else gradient
         for parameter, gradient in zip(parameters, found, strict=True)
