@@ -537,7 +537,7 @@ class TestOddBatches:
         assert any(gradient.any() for name, gradient in gradients.items() if ".t1ce." in name)
         report = model.end_epoch()
         assert report.counts[2] == 0
-        assert report.as_dict()["t1"]["beta"] == (before if rule in (None, "redcore") else 1)
+        assert report.as_dict()["t1"]["beta"] == (before if rule in (None, "redcore") else model.passion.strategy.neutral)
         assert report.relative_preference[2] == 0
         assert not {"relative_preference/t1", "pixel/t1", "skipped/t1"} & set(model.metrics())
         step(model, [[1, 1, 1]])
@@ -558,7 +558,7 @@ class TestOddBatches:
         assert all(torch.equal(gradient, wanted[name]) for name, gradient in copies_gradients(net).items())
         with pytest.warns(PassionWarning, match="single modality") if rule in (None, "redcore") else _nothing():
             report = model.end_epoch()
-        assert torch.equal(report.beta, torch.ones(3, dtype=torch.float64))
+        assert torch.equal(report.beta, torch.full((3,), model.passion.strategy.neutral, dtype=torch.float64))
         goes_on(model) if rule is None else step(model)
 
 
