@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from passion_plugin.backbone.calls import BackboneCall, locate_argument
 from passion_plugin.backbone.inputs import batch_size, blank, check_images, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for
+from passion_plugin.backbone.sandbox import resting_attributes
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
 from passion_plugin.overrides import overridden_forward, undone
@@ -236,7 +237,7 @@ class BoundBackbone:
 
     @contextmanager
     def student_mode(self) -> Iterator[None]:
-        """Auxiliary outputs off, and buffers at rest."""
+        """Auxiliary outputs off; buffers and attributes at rest."""
         with ExitStack() as stack:
             if self.forward is not None:
                 stack.enter_context(overridden_forward({self.backbone: self._bare}))
@@ -245,6 +246,7 @@ class BoundBackbone:
             else:
                 stack.enter_context(_attributes(self.backbone, self.spec.light))
             stack.enter_context(resting_buffers(self.backbone))
+            stack.enter_context(resting_attributes(self.backbone))
             yield
 
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
