@@ -415,6 +415,44 @@ class TestCalls:
         assert found == pytest.approx(loss_of(wrap(net), x, mask, place, scale=0.5, target=y), rel=1e-5)
         assert found != loss_of(wrap(net), x, mask, place, scale=2.0, target=y)
 
+    @pytest.mark.parametrize(
+        ("where", "input_argument", "mask_argument"),
+        [("swapped", 1, 0), ("swapped", "x", "mask"), ("by name", 0, "mask"), ("apart", (0, 1, 2), 4)],
+    )
+    def test_an_example_goes_where_the_spec_says(self, where: str, input_argument: Any, mask_argument: Any) -> None:
+        class Swapped(MeanNet):
+            def forward(self, mask: Tensor, x: Tensor) -> Any:  # type: ignore[override]
+                return super().forward(x, mask)
+
+        class ByName(MeanNet):
+            def forward(self, x: Tensor, *, mask: Tensor) -> Any:
+                return super().forward(x, mask)
+
+        class Apart(MeanNet):
+            def forward(  # type: ignore[override]
+                self, a: Tensor, b: Tensor, c: Tensor, scale: float = 1.0, mask: Any = None
+            ) -> Any:
+                return super().forward(torch.cat([a, b, c], 1) * scale, mask)
+
+        net = {"swapped": Swapped, "by name": ByName, "apart": Apart}[where](M)
+        x, mask, _ = batch([[1, 1, 1]] * 2)
+        images = x.split(1, dim=1) if where == "apart" else x
+        spec = spec_of(net, students="auto", input_argument=input_argument, mask_argument=mask_argument)
+        model = PassionWrapper(net, M, missing_rates=(0.2,) * 3, spec=spec, example_input=images, example_mask=mask)
+        assert model.passion.bound is not None
+        assert model.passion.bound.spec.students == "replay"
+
+    def test_an_example_with_a_gap_says_which_argument_is_missing(self) -> None:
+        class Late(MeanNet):
+            def forward(self, *arguments: Any) -> Any:
+                return super().forward(arguments[0], arguments[2])
+
+        net = Late(M)
+        x, mask, _ = batch([[1, 1, 1]] * 2)
+        spec = spec_of(net, students="auto", mask_argument=2)
+        with pytest.raises(InputError, match=r"nothing was given for argument 1 .* only for argument 2"):
+            PassionWrapper(net, M, missing_rates=(0.2,) * 3, spec=spec, example_input=x, example_mask=mask)
+
 
 class TestImages:
     parts = tuple(torch.randn(2, 1, 4, 4) for _ in M)

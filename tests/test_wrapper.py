@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import linecache
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -332,6 +333,26 @@ def test_the_warning_of_a_dropped_step_is_about_the_line_that_called(how: str) -
     assert [warning.filename for warning in ours] == [__file__] * 2, "one of each engine"
     expected = "self.inner(*args)" if how == "inside" else "outer(x, mask, **extra)"
     assert all(expected in lines[warning.lineno - 1] for warning in ours)
+
+
+def test_a_dropped_step_is_freed_before_the_next_passes() -> None:
+    old: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    class Watching(MeanNet):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            alive.extend(step() is not None for step in old)
+            return super().forward(x, mask)
+
+    model = wrap(Watching(M))
+    x, mask, _ = batch(PRESENCE)
+    model(x, mask)
+    old.append(weakref.ref(model.passion._step))
+    assert old[0]() is not None
+    with pytest.warns(PassionWarning, match="passion_loss"):
+        model(x, mask)
+    assert len(alive) > 1
+    assert not any(alive)
 
 
 class First(nn.Module):
