@@ -537,7 +537,9 @@ class TestOddBatches:
         assert any(gradient.any() for name, gradient in gradients.items() if ".t1ce." in name)
         report = model.end_epoch()
         assert report.counts[2] == 0
-        assert report.as_dict()["t1"]["beta"] == (before if rule in (None, "redcore") else model.passion.strategy.neutral)
+        assert report.as_dict()["t1"]["beta"] == (
+            before if rule in (None, "redcore") else model.passion.strategy.neutral
+        )
         assert report.relative_preference[2] == 0
         assert not {"relative_preference/t1", "pixel/t1", "skipped/t1"} & set(model.metrics())
         step(model, [[1, 1, 1]])

@@ -19,7 +19,6 @@ from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.classifier import follows
 from passion_plugin.backbone.report import Report, examine, examine_call
 from passion_plugin.errors import BackboneError, PassionWarning
-from passion_plugin.wrapper import PassionWrapper
 
 NAMES = ("flair", "t1", "t1ce")
 

@@ -160,3 +160,30 @@ def test_an_encoder_without_feature_maps_cannot_carry_a_head() -> None:
     x, mask, _ = batch([[1, 1, 1]])
     with pytest.raises(ConfigError, match="'t1' puts out no feature map"):
         PassionWrapper(net, M, missing_rates=(0.1,) * 3, spec=spec, example_input=x, example_mask=mask)
+
+
+def test_building_heads_moves_nothing_in_the_backbone() -> None:
+    class Counting(MeanNet):
+        steps = 0
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+            self.steps += 1
+            return super().forward(x, mask)
+
+    net = Counting(M, norm="batch")
+    before = copy.deepcopy(net.state_dict())
+    model = wrap(net)
+    assert len(model.heads) == 3
+    assert net.training
+    assert net.steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_lazy_layers_get_their_shapes_before_heads_are_built() -> None:
+    net = MeanNet(M)
+    net.decoder = torch.nn.Sequential(torch.nn.LazyConv2d(4, 3, padding=1), torch.nn.LazyBatchNorm2d())
+    model = wrap(net)
+    x, mask, y = batch(MIXED)
+    assert int(net.decoder[1].num_batches_tracked) == 0
+    model(x, mask, passion_target=y)[1].backward()
+    assert int(net.decoder[1].num_batches_tracked) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_sandbox_writes_only_where_something_changed() -> None:
         layer.train()
         layer(torch.randn(2, 3, 4, 4))
     assert float(layer.running_mean.abs().max()) == 0  # type: ignore[union-attr]
+
+
+def test_sandbox_empties_what_a_network_collects() -> None:
+    backbone = nn.Identity()
+    backbone.bank, backbone.terms = deque([1.0, 2.0], maxlen=2), {"kl": [1.0]}
+    with sandbox(backbone):
+        backbone.bank.append(3.0)
+        backbone.terms["kl"].append(2.0)
+        backbone.terms["dice"] = []
+    assert list(backbone.bank) == [1.0, 2.0]
+    assert backbone.terms == {"kl": [1.0]}
 
 
 def test_sandbox_switches_autocast_off() -> None:

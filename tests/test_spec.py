@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, spec_of
 from passion_plugin import BackboneError, BackboneSpec, ConfigError, InputError, MaskCodec, PassionWrapper
 from passion_plugin.backbone.binding import BoundBackbone
-from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument
+from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument, vector_hint
 from passion_plugin.backbone.inputs import batch_size, blank, join, split
 from passion_plugin.backbone.masks import check_mask, codec_for, encoded_like
 from passion_plugin.taps import resolve_module
@@ -431,6 +431,88 @@ class TestCalls:
         assert found == pytest.approx(loss_of(wrap(net), x, mask, place, scale=0.5, target=y), rel=1e-5)
         assert found != loss_of(wrap(net), x, mask, place, scale=2.0, target=y)
 
+    def test_a_vector_with_an_entry_for_each_sample_is_refused_by_name(self) -> None:
+        class Sited(MeanNet):
+            def forward(self, x: Tensor, mask: Tensor, site: Tensor) -> Any:  # type: ignore[override]
+                return super().forward(x + site.view(-1, 1, 1, 1), mask)
+
+        x, mask, _ = batch(MIXED)
+        site = torch.arange(3.0)
+        cure = r"argument 'site' has 3 entries .* class weights.* pass it as a column \(site\[:, None\]\)"
+        with pytest.raises(BackboneError, match=f"only flair of 2 sample.* must match.*{cure}"):
+            wrap(Sited(M))(x, mask, site)
+        with pytest.raises(BackboneError, match=f"flair was given 1 sample.* prediction has 3.*{cure}"):
+            wrap(Sited(M), students="rerun")(x, mask[[0, 2, 2]], site=site)
+        with pytest.raises(BackboneError, match=f"could not be run.*{cure}"):
+            wrap(Sited(M), students="auto")(x, mask, site)
+        assert wrap(Sited(M), students="auto")(x, mask, site[:, None]).shape == (3, 3, 4, 4)
+
+    def test_only_vectors_that_may_be_too_long_are_named(self) -> None:
+        net, mask = MeanNet(M), Argument(1, "mask")
+        vector, column = torch.zeros(3), torch.zeros(3, 1)
+        assert vector_hint(net, BackboneCall((column, vector), {"size": torch.zeros(2)}), 3, whole=(mask,)) == ""
+        hint = vector_hint(net, BackboneCall((column, vector, vector), {"extra": {"age": vector}}), 3, whole=(mask,))
+        assert "A vector in positional argument 2 and in argument 'extra' has 3 entries" in hint
+        assert "(vector[:, None])" in hint
+
+    def test_an_argument_for_students_replaces_one_passed_by_position(self) -> None:
+        seen: list[bool] = []
+
+        class Quick(MeanNet):
+            def forward(self, x: Tensor, mask: Tensor, aux: bool = False) -> Any:
+                seen.append(aux)
+                return super().forward(x, mask)
+
+        x, mask, _ = batch([[1, 1, 0]])
+        wrap(Quick(M), light_arguments={"aux": False})(x, mask, True)
+        assert seen == [True, False, False]
+
+    def test_the_mask_of_a_compiled_backbone_may_be_passed_by_name(self) -> None:
+        net = MeanNet(M)
+        compiled = torch.compile(net, backend="eager")
+        assert locate_argument(compiled, 1) == locate_argument(compiled, "mask") == Argument(1, "mask")
+        bound = BoundBackbone(compiled, spec_of(net), M)
+        x, mask, _ = batch(MIXED)
+        assert torch.equal(bound.presence_of(BackboneCall((x,), {"mask": mask})), mask)
+
+    @pytest.mark.parametrize(
+        ("where", "input_argument", "mask_argument"),
+        [("swapped", 1, 0), ("swapped", "x", "mask"), ("by name", 0, "mask"), ("apart", (0, 1, 2), 4)],
+    )
+    def test_an_example_goes_where_the_spec_says(self, where: str, input_argument: Any, mask_argument: Any) -> None:
+        class Swapped(MeanNet):
+            def forward(self, mask: Tensor, x: Tensor) -> Any:  # type: ignore[override]
+                return super().forward(x, mask)
+
+        class ByName(MeanNet):
+            def forward(self, x: Tensor, *, mask: Tensor) -> Any:
+                return super().forward(x, mask)
+
+        class Apart(MeanNet):
+            def forward(  # type: ignore[override]
+                self, a: Tensor, b: Tensor, c: Tensor, scale: float = 1.0, mask: Any = None
+            ) -> Any:
+                return super().forward(torch.cat([a, b, c], 1) * scale, mask)
+
+        net = {"swapped": Swapped, "by name": ByName, "apart": Apart}[where](M)
+        x, mask, _ = batch([[1, 1, 1]] * 2)
+        images = x.split(1, dim=1) if where == "apart" else x
+        spec = spec_of(net, students="auto", input_argument=input_argument, mask_argument=mask_argument)
+        model = PassionWrapper(net, M, missing_rates=(0.2,) * 3, spec=spec, example_input=images, example_mask=mask)
+        assert model.passion.bound is not None
+        assert model.passion.bound.spec.students == "replay"
+
+    def test_an_example_with_a_gap_says_which_argument_is_missing(self) -> None:
+        class Late(MeanNet):
+            def forward(self, *arguments: Any) -> Any:
+                return super().forward(arguments[0], arguments[2])
+
+        net = Late(M)
+        x, mask, _ = batch([[1, 1, 1]] * 2)
+        spec = spec_of(net, students="auto", mask_argument=2)
+        with pytest.raises(InputError, match=r"nothing was given for argument 1 .* only for argument 2"):
+            PassionWrapper(net, M, missing_rates=(0.2,) * 3, spec=spec, example_input=x, example_mask=mask)
+
 
 class TestImages:
     parts = tuple(torch.randn(2, 1, 4, 4) for _ in M)
@@ -450,7 +532,7 @@ class TestImages:
             again = join(found, x, M)
             assert type(again) is type(x)
             assert all(torch.equal(one, other) for one, other in zip(split(again, M), self.parts, strict=True))
-            assert batch_size(x) == 2
+            assert batch_size(x, M) == 2
 
     def test_blanking_zeroes_what_is_not_kept_and_writes_nowhere(self) -> None:
         keep = torch.tensor([[True, False, True], [False, True, True]])
@@ -486,6 +568,27 @@ class TestImages:
     def test_images_that_do_not_fit_say_what_would(self, x: Any, message: str) -> None:
         with pytest.raises(InputError, match=message):
             split(x, M)
+
+    @pytest.mark.parametrize("students", ["auto", "replay", "rerun"])
+    def test_a_mapping_may_hold_other_things_than_images(self, students: Any) -> None:
+        class Batched(MeanNet):
+            def forward(self, entries: Any, mask: Tensor) -> Any:  # type: ignore[override]
+                assert len(entries["place"]) == len(mask)
+                x = torch.cat([entries[name] for name in M], 1) * entries["affine"].trace()
+                return super().forward(x + entries["place"][:, :, None, None], mask)
+
+        x, mask, y = batch([*MIXED, [1, 1, 1]])
+        images = dict(zip(M, x.split(1, dim=1), strict=True))
+        others = {"id": list("abcd"), "affine": torch.eye(3), "place": torch.randn(4, 3)}
+        net = Batched(M)
+        losses = []
+        for entries in ({**others, **images}, {**images, **others}):
+            model = wrap(net, students=students)
+            losses.append(loss_of(model, entries, mask, target=y))
+            assert model.passion.bound is not None
+            assert model.passion.bound.image_size(BackboneCall((entries, mask), {})) == (4, 4)
+            model.unwrap()
+        assert losses[0] == losses[1]
 
     def test_backbones_with_lists_mappings_and_separate_arguments_give_the_same_loss(self) -> None:
         class Listed(MeanNet):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import linecache
 import warnings
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +240,64 @@ def test_an_exception_inside_a_student_pass_leaves_the_backbone_as_it_was() -> N
     assert model(x, mask, passion_target=y)[1] > 0
 
 
+class Keeping(MeanNet):
+    """Keeps on itself what its user reads after the call."""
+
+    def __init__(self, modalities: Any) -> None:
+        super().__init__(modalities)
+        self.steps = 0
+        self.terms: dict[str, list[Tensor]] = {"norm": []}
+        self.bank: deque[Tensor] = deque(maxlen=2)
+        self.decoder.rows = set()
+
+    def fuse(self, encoded: Any, mask: Tensor) -> Tensor:
+        """The mean, remembered."""
+        self.steps += 1
+        self.decoder.rows.add(len(mask))
+        fused = super().fuse(encoded, mask)
+        self.kl = fused.square().mean()
+        self.terms["norm"].append(self.kl)
+        self.terms["last"] = [fused]
+        self.bank.append(fused.detach().mean())
+        return fused
+
+
+@pytest.mark.parametrize("students", ["replay", "mixed", "rerun"])
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_what_a_backbone_keeps_on_itself_is_that_of_the_fused_pass(students: Any, memory: Any) -> None:
+    net = Keeping(M)
+    bare = copy.deepcopy(net)
+    model = wrap(net, students=students, config=PassionConfig(memory=memory))
+    for seed in range(2):
+        x, mask, y = batch(PRESENCE, seed=seed)
+        bare(x, mask)
+        model(x, mask)
+        bare.kl.backward()
+        net.kl.backward(retain_graph=True)
+        wanted, found = copies_gradients(bare), copies_gradients(net)
+        assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+        model.passion_loss(y).backward()
+        net.zero_grad()
+        assert net.steps == bare.steps == seed + 1
+        assert same(dict(net.terms), dict(bare.terms))
+        assert list(net.bank) == list(bare.bank)
+        assert net.decoder.rows == {3}
+    assert net.bank.maxlen == 2
+
+
+def test_what_only_a_student_put_there_is_gone() -> None:
+    class Few(MeanNet):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            if len(x) < 3:
+                self.few = x
+            return super().forward(x, mask)
+
+    net = Few(M)
+    x, mask, _ = batch(PRESENCE)
+    wrap(net)(x, mask)
+    assert not hasattr(net, "few")
+
+
 def test_whether_passes_are_collective_is_asked_at_the_first_step_only_and_again_of_a_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -274,6 +333,26 @@ def test_the_warning_of_a_dropped_step_is_about_the_line_that_called(how: str) -
     assert [warning.filename for warning in ours] == [__file__] * 2, "one of each engine"
     expected = "self.inner(*args)" if how == "inside" else "outer(x, mask, **extra)"
     assert all(expected in lines[warning.lineno - 1] for warning in ours)
+
+
+def test_a_dropped_step_is_freed_before_the_next_passes() -> None:
+    old: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    class Watching(MeanNet):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            alive.extend(step() is not None for step in old)
+            return super().forward(x, mask)
+
+    model = wrap(Watching(M))
+    x, mask, _ = batch(PRESENCE)
+    model(x, mask)
+    old.append(weakref.ref(model.passion._step))
+    assert old[0]() is not None
+    with pytest.warns(PassionWarning, match="passion_loss"):
+        model(x, mask)
+    assert len(alive) > 1
+    assert not any(alive)
 
 
 class First(nn.Module):
@@ -332,19 +411,18 @@ def test_light_may_be_a_context_manager_and_may_add_arguments() -> None:
         entered.append(backbone)
         yield
 
-    class Quick(MeanNet):
-        quick: list[bool]
+    seen: list[bool] = []
 
+    class Quick(MeanNet):
         def forward(self, x: Tensor, mask: Tensor, quick: bool = False) -> Any:
-            self.quick.append(quick)
+            seen.append(quick)
             return super().forward(x, mask)
 
     net = Quick(M)
-    net.quick = []
     x, mask, _ = batch([[1, 1, 0]])
     wrap(net, light=light, light_arguments={"quick": True})(x, mask)
     assert entered == [net, net]
-    assert net.quick == [False, True, True]
+    assert seen == [False, True, True]
 
 
 def test_batch_norm_keeps_the_running_statistics_of_the_bare_training() -> None:

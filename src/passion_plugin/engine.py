@@ -58,6 +58,7 @@ class Passion:
     Raises:
         ConfigError: listing what is wrong with names, rates, spec or strategy.
         BackboneError: the example shows that the backbone cannot be used.
+        InputError: the example does not fit the arguments that the spec names.
         UsageError: the backbone has an engine already.
     """
 
@@ -98,7 +99,7 @@ class Passion:
             # Wrong names are reported here and now; the behaviour of the backbone when data is there.
             BoundBackbone(backbone, self._spec, self.modalities)
         if example_input is not None:
-            call = example_call(example_input, example_mask, self._spec)
+            call = example_call(backbone, example_input, example_mask, self._spec)
             self.bound = settled_backbone(backbone, call, self.modalities, self._spec, self.config)
         self.strategy.prepare(self.modalities, self.config, self.rarity)
         if self.bound is not None:
@@ -179,9 +180,9 @@ class Passion:
         """
 
         def run() -> Any:
-            dropped, self._step = self._step, None
+            dropped, self._step = self._step is not None, None  # Its graphs must be gone before the next ones come.
             self._modulation.finish()
-            if dropped is not None:
+            if dropped:
                 self._notices.dropped_step()
             check_heads(self.heads, self.backbone, single_call=target is not None)
             call = BackboneCall(args, dict(kwargs))

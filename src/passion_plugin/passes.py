@@ -158,6 +158,11 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
     with bound.student_mode(), _only(bound, fused, segments), _tapped(bound) as taps:
         bound.run_masked(call, keep)
     prediction = _prediction(taps)
+    if len(prediction.logits) != len(rows):
+        raise BackboneError(
+            f"the student of {', '.join(segments[0].modalities)} was given {len(rows)} sample(s), but its prediction "
+            f"has {len(prediction.logits)}{bound.vector_hint(fused.call, fused.batch)}"
+        )
     names = list(dict.fromkeys(modality for segment in segments for modality in segment.modalities))
     if torch.is_grad_enabled() and not prediction.features.requires_grad and _upstream_is_trainable(bound, names):
         raise BackboneError(
@@ -168,12 +173,16 @@ def student_pass(bound: BoundBackbone, fused: FusedPass, segments: Sequence[Segm
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, hint: str = "") -> Iterator[None]:
     """Say of an exception that it comes from a pass that the user never asked for.
 
     What the machine raises, such as having no memory left, keeps its class and its message, which batch-size finders
     look at, and gets a note. Only for passes within forward: checkpoints recompute in backward, and stop that by an
     exception of their own.
+
+    Args:
+        what: what the pass gives to the backbone.
+        hint: what may be wrong with it.
 
     Raises:
         BackboneError: instead of an exception of the backbone.
@@ -188,7 +197,7 @@ def explained(what: str) -> Iterator[None]:
             vars(error).setdefault("__notes__", []).append(f"while the backbone was given {what}")
             raise
         few = any(f"more than 1 {lacking}" in str(error) for lacking in ("value", "spatial element"))
-        hint = ". Use larger batches or images, or layers without batch statistics" if few else ""
+        hint = ". Use larger batches or images, or layers without batch statistics" if few else hint
         raise BackboneError(
             f"the backbone ran on the batch, but raises when it is given {what}: {short(error)}{hint}"
         ) from error

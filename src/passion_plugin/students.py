@@ -85,7 +85,8 @@ def run_students(
         for group in groups:
             names = dict.fromkeys(name for segment in group for name in segment.modalities)
             rows = sum(len(segment.rows) for segment in group)
-            with explained(f"only {', '.join(names)} of {rows} sample(s)"):
+            hint = bound.vector_hint(fused.call, fused.batch) if rows != fused.batch else ""
+            with explained(f"only {', '.join(names)} of {rows} sample(s)", hint):
                 predictions = _run(bound, fused, group, config)
             students += [
                 Student(segment.modalities, segment.rows, prediction)

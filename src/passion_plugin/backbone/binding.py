@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.backbone.calls import BackboneCall, locate_argument
-from passion_plugin.backbone.inputs import batch_size, blank, check_images, split
+from passion_plugin.backbone.calls import BackboneCall, locate_argument, vector_hint
+from passion_plugin.backbone.inputs import batch_size, blank, check_images, first_image, split
 from passion_plugin.backbone.masks import MaskCodec, check_mask, codec_for, encoded_like
+from passion_plugin.backbone.sandbox import resting_attributes
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
 from passion_plugin.overrides import overridden_forward, undone
@@ -86,6 +87,8 @@ class BoundBackbone:
         self._several_inputs = several
         self._inputs = [locate_argument(backbone, key) for key in keys]  # type: ignore[union-attr, arg-type]
         self._mask = None if spec.mask_argument is None else locate_argument(backbone, spec.mask_argument)
+        self._whole = () if self._mask is None else (self._mask,)
+        self._light = {locate_argument(backbone, name): value for name, value in spec.light_arguments.items()}
         self._codec = (
             spec.mask_format
             if isinstance(spec.mask_format, MaskCodec)
@@ -115,7 +118,7 @@ class BoundBackbone:
 
     def batch_of(self, call: BackboneCall) -> int:
         """Return the batch size of a call."""
-        return batch_size(self.input_of(call))
+        return batch_size(self.input_of(call), self.modalities)
 
     def has_mask(self, call: BackboneCall) -> bool:
         """Whether the call says which modalities are present."""
@@ -194,7 +197,7 @@ class BoundBackbone:
 
     def image_size(self, call: BackboneCall) -> tuple[int, ...] | None:
         """Return the spatial size of the images, or None when they are in a container of their own kind."""
-        first = next(iter(_leaves(self.input_of(call))), None)
+        first = first_image(self.input_of(call), self.modalities)
         return None if first is None else tuple(first.shape[2:])
 
     def blanked(self, call: BackboneCall, keep: Tensor) -> BackboneCall:
@@ -219,9 +222,12 @@ class BoundBackbone:
             call: arguments of all the rows that take part.
             keep: bool (B, M), the modalities that are let through.
         """
-        call = self.blanked(call, keep).with_keywords(self.spec.light_arguments)
+        call = self.blanked(call, keep)
+        for argument, value in self._light.items():
+            call = call.replaced(argument, value)
         x = self.input_of(call)
-        device = next((leaf.device for leaf in _leaves(x)), None)
+        first = first_image(x, self.modalities)
+        device = None if first is None else first.device
         if self.spec.call is not None:
             return self.spec.call(self.backbone, x, keep.to(device))
         if self._mask is not None:
@@ -232,11 +238,15 @@ class BoundBackbone:
         """Return the call reduced to some rows; its mask is left alone and has to be replaced."""
         if torch.equal(index, torch.arange(batch)):
             return call
-        return call.rows(index, batch, whole=() if self._mask is None else (self._mask,))
+        return call.rows(index, batch, whole=self._whole)
+
+    def vector_hint(self, call: BackboneCall, batch: int) -> str:
+        """Say what :meth:`rows` may have left too long, if anything."""
+        return vector_hint(self.backbone, call, batch, whole=self._whole)
 
     @contextmanager
     def student_mode(self) -> Iterator[None]:
-        """Auxiliary outputs off, and buffers at rest."""
+        """Auxiliary outputs off; buffers and attributes at rest."""
         with ExitStack() as stack:
             if self.forward is not None:
                 stack.enter_context(overridden_forward({self.backbone: self._bare}))
@@ -245,6 +255,7 @@ class BoundBackbone:
             else:
                 stack.enter_context(_attributes(self.backbone, self.spec.light))
             stack.enter_context(resting_buffers(self.backbone))
+            stack.enter_context(resting_attributes(self.backbone))
             yield
 
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

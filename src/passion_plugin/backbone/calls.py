@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Argument", "BackboneCall", "locate_argument"]
+__all__ = ["Argument", "BackboneCall", "locate_argument", "vector_hint"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Argument:
 
 def locate_argument(backbone: nn.Module, key: int | str) -> Argument:
     """Return both ways in which the forward of ``backbone`` can be given the argument ``key``."""
+    # What torch.compile puts around a module takes anything.
+    backbone = getattr(backbone, "_orig_mod", backbone)
     forward = backbone.forward
     owner = getattr(forward, "__self__", backbone)
     if not isinstance(owner, nn.Module):
@@ -66,15 +68,12 @@ class BackboneCall:
             raise LookupError(f"{argument} was not passed and has no name to pass it by")
         return BackboneCall(self.args, {**self.kwargs, argument.name: value})
 
-    def with_keywords(self, keywords: Mapping[str, Any]) -> BackboneCall:
-        """Return a copy with keyword arguments added or replaced."""
-        return BackboneCall(self.args, {**self.kwargs, **keywords})
-
     def rows(self, index: Tensor, batch: int, whole: Sequence[Argument] = ()) -> BackboneCall:
         """Return a copy in which every batch-sized tensor is reduced to the rows ``index``.
 
         A tensor counts as batch-sized when it has at least two dimensions and ``batch`` rows. Vectors stay
-        as they are: a (K,) tensor of class weights must not be cut when K happens to equal the batch size.
+        as they are: a (K,) tensor of class weights must not be cut when K happens to equal the batch size. See
+        :func:`vector_hint`.
 
         Args:
             index: int64 (n,), rows to keep.
@@ -92,3 +91,24 @@ class BackboneCall:
         for argument, value in kept.items():
             call = call.replaced(argument, value) if value is not None else call
         return call
+
+
+def vector_hint(backbone: nn.Module, call: BackboneCall, batch: int, whole: Sequence[Argument] = ()) -> str:
+    """Say which vectors with an entry for each sample :meth:`BackboneCall.rows` may have left too long, if any.
+
+    Args:
+        backbone: the module that was called.
+        call: with all the rows.
+        batch: the batch size.
+        whole: arguments that were left alone on purpose.
+    """
+    given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    keys = [key for key, value in given if any(getattr(leaf, "shape", ()) == (batch,) for leaf in tree_leaves(value))]
+    suspects = [argument for key in keys if (argument := locate_argument(backbone, key)) not in whole]
+    if not suspects:
+        return ""
+    return (
+        f". A vector in {' and in '.join(map(str, suspects))} has {batch} entries and was not reduced to these "
+        f"samples: it could hold class weights. If it has one entry for each sample, pass it as a column "
+        f"({suspects[0].name or 'vector'}[:, None])"
+    )

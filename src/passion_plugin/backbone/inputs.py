@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from passion_plugin.errors import InputError, raise_problems, suggest
 from passion_plugin.validate import describe, unreadable
 
-__all__ = ["batch_size", "blank", "channel_share", "check_images", "join", "split"]
+__all__ = ["batch_size", "blank", "channel_share", "check_images", "first_image", "join", "split"]
 
 
 def check_images(x: Any, modalities: Sequence[str]) -> None:
@@ -107,10 +108,21 @@ def blank(x: Any, keep: Tensor, modalities: Sequence[str]) -> Any:
     return join(parts, x, modalities)
 
 
-def batch_size(x: Any) -> int:
+def first_image(x: Any, modalities: Sequence[str]) -> Tensor | None:
+    """Return the first tensor of an input; of a mapping that of a modality, where it has any: others may be there too.
+
+    Args:
+        x: as for :func:`split`, or a container of the user's own, in which nothing is found.
+        modalities: names.
+    """
+    if isinstance(x, Mapping):
+        x = [x[name] for name in modalities if name in x] or list(x.values())
+    return next((leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
+
+
+def batch_size(x: Any, modalities: Sequence[str]) -> int:
     """Return the batch size of an input in any of the containers of :func:`split`."""
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else [x]
-    first = next(iter(values), None)
-    if not isinstance(first, Tensor) or first.ndim == 0:
+    first = first_image(x, modalities)
+    if first is None or first.ndim == 0:
         raise InputError(f"cannot read a batch size off an input of type {type(x).__name__}")
     return first.shape[0]

@@ -109,7 +109,7 @@ def _mask_argument(
     """Return where the mask is: the first bool tensor (B, M), else the second argument, if there is one."""
     used = [images] if isinstance(images, (int, str)) else list(images)
     taken = {locate_argument(backbone, key) for key in used}
-    batch = batch_size(call.get(locate_argument(backbone, used[0])))
+    batch = batch_size(call.get(locate_argument(backbone, used[0])), modalities)
     everything: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
     free = [(key, value) for key, value in everything if locate_argument(backbone, key) not in taken]
     for key, value in free:

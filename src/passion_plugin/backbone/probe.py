@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from passion_plugin.backbone.binding import BoundBackbone
-from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument
-from passion_plugin.backbone.inputs import batch_size, blank, join, split
+from passion_plugin.backbone.calls import Argument, BackboneCall, locate_argument, vector_hint
+from passion_plugin.backbone.inputs import batch_size, blank, first_image, join, split
 from passion_plugin.backbone.masks import MaskCodec, codec_for, encoded_like
 from passion_plugin.backbone.sandbox import reseed
 from passion_plugin.backbone.spec import BackboneSpec
@@ -146,16 +146,16 @@ class Probe:
         self._inputs = [locate_argument(backbone, key) for key in listed]
         mask = interface.mask_argument
         self._mask: Argument | None = None if mask is None else locate_argument(backbone, mask)
+        self._whole = () if self._mask is None else (self._mask,)
         self.codec = self._codec()
-        self._size = batch_size(self.example)
+        self._size = batch_size(self.example, self.modalities)
         self.index = torch.arange(min(self._size, 2))
         self._contents = self._noise(1), self._noise(2)
 
     @property
     def example(self) -> Any:
         """The images of the template call."""
-        values = tuple(self._call.get(argument) for argument in self._inputs)
-        return values if self._several else values[0]
+        return self._images(self._call)
 
     @property
     def batch(self) -> int:
@@ -211,16 +211,13 @@ class Probe:
     def arguments(self, x: Any, keep: Tensor, rows: Tensor | None = None) -> BackboneCall:
         """Return the call as a user would make it, for some rows of ``x`` and ``keep``."""
         index = self.index if rows is None else self.index[rows]
-        call = self._call.rows(index, self._size, whole=() if self._mask is None else (self._mask,))
+        call = self._call.rows(index, self._size, whole=self._whole)
         if rows is not None:
-            x, keep = (
-                tree_map(lambda leaf: leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, x),
-                keep[rows],
-            )
+            x, keep = BackboneCall((x,), {}).rows(rows, self.batch).args[0], keep[rows]
         for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
             call = call.replaced(argument, value)
         if self._mask is not None:
-            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(_device(x))))
+            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(self._device(x))))
         return call
 
     def run(
@@ -237,10 +234,9 @@ class Probe:
         reseed(seed)
         with overridden_forward(handlers or {}):
             if self.interface.call is not None:
-                values = tuple(call.get(argument) for argument in self._inputs)
                 keep = keep if rows is None else keep[rows]
-                images = values if self._several else values[0]
-                return self.interface.call(self.backbone, images, keep.to(_device(images)))
+                images = self._images(call)
+                return self.interface.call(self.backbone, images, keep.to(self._device(images)))
             return self.backbone(*call.args, **call.kwargs)
 
     def predict(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -258,6 +254,18 @@ class Probe:
         template = {"input_argument": 0, "mask_argument": 1, "mask_format": "bool"}
         spec = spec.replaced(**template, mask_meaning="present", mask_columns=None, call=self.interface.call)
         return _ThroughCall(self.backbone, spec, self.modalities)
+
+    def vector_hint(self) -> str:
+        """Say which arguments of the template may have been left too long, if any."""
+        return vector_hint(self.backbone, self._call, self._size, whole=self._whole)
+
+    def _images(self, call: BackboneCall) -> Any:
+        values = tuple(call.get(argument) for argument in self._inputs)
+        return values if self._several else values[0]
+
+    def _device(self, x: Any) -> torch.device:
+        first = first_image(x, self.modalities)
+        return torch.device("cpu") if first is None else first.device
 
     def _codec(self) -> MaskCodec:
         how = self.interface
@@ -281,7 +289,8 @@ class Probe:
         if self.interface.absent is not None:
             return tree_map(noise, self.example)
         parts = [noise(part) for part in split(self.example, self.modalities)]
-        return join(parts, self.example, self.modalities)
+        # What else is in a mapping is kept, for the same rows.
+        return join(parts, self._images(self._call.rows(self.index, self._size, whole=self._whole)), self.modalities)
 
 
 class _ThroughCall(BoundBackbone):
@@ -295,7 +304,3 @@ class _ThroughCall(BoundBackbone):
 
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _device(x: Any) -> torch.device:
-    return next((leaf.device for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), torch.device("cpu"))

@@ -132,6 +132,7 @@ def _examine(
         report.problem(f"there must be at least two modalities, got {report.modalities}: pass modalities=")
         return report
     report.anatomy = anatomy(backbone)
+    hint = ""
     try:
         interface, unclear = infer_interface(backbone, call, report.modalities, known)
         for text in unclear:
@@ -141,6 +142,7 @@ def _examine(
         called = Interface(absent=interface.absent, call=interface.call) if through_call else interface
         classifier = known.get("classifier")
         probe = Probe(backbone, call, report.modalities, called, through_call=through_call, classifier=classifier)
+        hint = probe.vector_hint()
         report.lazy = tuple(lazy_parameters(backbone))
         if report.lazy:
             with untouched_modes(backbone), torch.no_grad():
@@ -154,6 +156,6 @@ def _examine(
         report.problem(
             f"the backbone could not be run: {type(error).__name__}: {error} (line {frame.lineno} of "
             f"{frame.filename}). Is it called as it should be? See input_argument=, mask_argument=, "
-            f"mask_format= and call="
+            f"mask_format= and call={hint}"
         )
     return report

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from passion_plugin.overrides import undone
 from passion_plugin.random_state import random_state, set_random_state
 
-__all__ = ["lazy_parameters", "reseed", "same_values", "sandbox", "untouched_modes"]
+__all__ = ["lazy_parameters", "reseed", "resting_attributes", "same_values", "sandbox", "untouched_modes"]
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, deque, list, set})
+# Parameters, buffers, sub-modules and hooks.
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def reseed(seed: int = 0) -> None:
@@ -94,6 +98,32 @@ def untouched_modes(backbone: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def resting_attributes(backbone: nn.Module) -> Iterator[None]:
+    """Put back what the modules keep on themselves, and what is in dictionaries, lists and sets among that.
+
+    A KL term, stored features or a counter are then those of the pass before. Not put back are parameters, sub-modules
+    and hooks, which sharding moves about in a pass, and modules that are still lazy. Tensors are not copied: what is
+    changed in place belongs in a buffer.
+    """
+    kept: dict[int, tuple[Any, Any]] = {}
+    waiting: list[Any] = []
+    for module in backbone.modules():
+        if isinstance(module, LazyModuleMixin) and _is_lazy(module):
+            continue
+        attributes = vars(module)
+        kept[id(attributes)] = attributes, attributes.copy()
+        waiting += [value for name, value in attributes.items() if name not in _OF_TORCH and type(value) in _CONTAINERS]
+    while waiting:
+        container = waiting.pop()
+        if id(container) not in kept:
+            kept[id(container)] = container, container.copy()
+            values = container.values() if isinstance(container, dict) else container
+            waiting += [value for value in values if type(value) in _CONTAINERS]
+    with undone(partial(_refill, kept.values())):
+        yield
+
+
 class _Snapshot:
     """Contents of all attribute dictionaries, containers and tensors that hang on a module."""
 
@@ -118,7 +148,7 @@ class _Snapshot:
                 if not is_lazy(value) and not value.is_inference() and value.device.type != "meta":
                     self.tensors.append((value, value.detach().clone()))
             elif type(value) in _CONTAINERS:
-                self.containers.append((value, copy.copy(value)))
+                self.containers.append((value, value.copy()))
                 waiting += value.values() if isinstance(value, dict) else value
             elif isinstance(value, tuple):
                 waiting += value
@@ -126,10 +156,7 @@ class _Snapshot:
     def restore(self) -> None:
         for module, mode in self.lazy:
             module.training = mode
-        for container, kept in self.containers:
-            if not _same_items(container, kept):
-                container.clear()
-                container.extend(kept) if isinstance(container, list) else container.update(kept)
+        _refill(self.containers)
         with torch.no_grad():
             for tensor, kept in self.tensors:
                 # Written only where something changed: a write would invalidate graphs that the user holds.
@@ -142,15 +169,20 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(is_lazy(tensor) for tensor in tensors if tensor is not None)
 
 
+def _refill(containers: Iterable[tuple[Any, Any]]) -> None:
+    for container, kept in containers:
+        if not _same_items(container, kept):
+            container.clear()
+            container.update(kept) if isinstance(container, (dict, set)) else container.extend(kept)
+
+
 def _same_items(container: Any, kept: Any) -> bool:
     if len(container) != len(kept):
         return False
-    if isinstance(container, dict):
-        pairs = zip(container.items(), kept.items(), strict=True)
-        return all(a is c and b is d for (a, b), (c, d) in pairs)
     if isinstance(container, set):
         return {id(item) for item in container} == {id(item) for item in kept}
-    return all(a is b for a, b in zip(container, kept, strict=True))
+    same = all(map(is_, container, kept))
+    return same and (not isinstance(container, dict) or all(map(is_, container.values(), kept.values())))
 
 
 def same_values(tensor: Tensor, kept: Tensor) -> bool:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.backbone import interface
+from passion_plugin.backbone.binding import BoundBackbone, resting_buffers
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.backbone.detection import uneven_channels
 from passion_plugin.backbone.inputs import channel_share
 from passion_plugin.backbone.presets import find_preset, preset
 from passion_plugin.backbone.probe import Interface, Probe
 from passion_plugin.backbone.report import examine_call
-from passion_plugin.backbone.sandbox import lazy_parameters, sandbox
+from passion_plugin.backbone.sandbox import lazy_parameters, resting_attributes, sandbox, untouched_modes
 from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, raise_problems
@@ -118,11 +119,14 @@ def settled_backbone(
     return bound
 
 
-def example_call(example_input: Any, example_mask: Any, spec: BackboneSpec | None) -> BackboneCall:
-    """Return the call that an example stands for; a tuple is one argument for each modality if the spec says so."""
-    several = spec is not None and not isinstance(spec.input_argument, (int, str))
-    images = tuple(example_input) if several else (example_input,)
-    return BackboneCall(images if example_mask is None else (*images, example_mask), {})
+def example_call(backbone: nn.Module, example_input: Any, example_mask: Any, spec: BackboneSpec | None) -> BackboneCall:
+    """Return the call that an example stands for, with images and mask where the spec says that they belong.
+
+    Raises:
+        InputError: an argument between them is missing, or images.
+    """
+    images, mask = (0, 1) if spec is None else (spec.input_argument, spec.mask_argument)
+    return interface.example_call(backbone, example_input, example_mask, images, mask)
 
 
 def _uneven_channels(bound: BoundBackbone, call: BackboneCall) -> str:
@@ -171,11 +175,15 @@ def _smaller(backbone: nn.Module, call: BackboneCall) -> BackboneCall:
 @torch.no_grad()
 def example_heads(bound: BoundBackbone, call: BackboneCall) -> nn.ModuleList:
     """Build the heads that fit what the encoders put out for an example."""
+    backbone = bound.backbone
+    if lazy_parameters(backbone):
+        with untouched_modes(backbone):
+            bound.run(call)
     everything = torch.ones(bound.batch_of(call), len(bound.modalities), dtype=torch.bool)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), resting_buffers(backbone), resting_attributes(backbone):
         fused = fused_pass(bound, call, everything)
         features = {modality: fused.record.features(modality) for modality in bound.modalities}
         # Autocast keeps weights that it has cast, and PyTorch 2.5 those that were cast without gradient too.
         torch.clear_autocast_cache()
-        dtypes = [p.dtype for p in bound.backbone.parameters() if p.is_floating_point()]
+        dtypes = [p.dtype for p in backbone.parameters() if p.is_floating_point()]
         return build_heads(features, fused.prediction, dtypes[0] if dtypes else torch.get_default_dtype())
