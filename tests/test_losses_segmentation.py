@@ -201,6 +201,7 @@ def test_an_impossible_class_costs_nothing_where_it_is_not_and_everything_where_
             picked = log_p.gather(1, y[:, None])[0, 0]
             torch.testing.assert_close(found.detach(), -(weights[y[0]] * picked).mean().view(1))
             assert loss(z, torch.tensor([[[0, 1, 2, 0, 1]]])).item() == math.inf
+            assert loss(torch.full_like(z, math.nan), y).isnan().all()
 
 
 @each_loss

@@ -74,7 +74,7 @@ def _class_sums(z: Tensor, labels: Tensor, *, lowest: float, ignore_index: int |
     least = torch.finfo(log_p.dtype).min
     bounded = log_p.clamp(min=log(lowest)) if lowest else log_p.clamp_(min=least)
     inside = -(bounded * member).sum(-1)
-    inside = torch.where(inside < -least, inside, torch.inf)
+    inside = torch.where(inside >= -least, torch.inf, inside)
     p = log_p.mul_(1 / math.log(2)).exp2_()  # a quarter of the time of exp_
     p = p if counted is None else p.mul_(counted)
     count, predicted, overlap = member.sum(-1), p.sum(-1), p.mul_(member).sum(-1)
