@@ -207,7 +207,7 @@ class TestFiles:
             path.unlink()
         assert packing.unpack(tmp_path) == before
         assert {Cell(**each["cell"]).key: each for each in Store(tmp_path).records()} == before
-        assert Store(tmp_path).has(Cell(**failed["cell"]))
+        assert Store(tmp_path).has(Cell(**failed["cell"]), "anybody")
 
     def test_packing_again_changes_no_byte(self, tmp_path: Path) -> None:
         store = stored(tmp_path)

@@ -24,7 +24,7 @@ from typing import Any
 
 from examples.experiment.cells import Cell
 
-__all__ = ["Record", "pack", "unpack"]
+__all__ = ["pack", "unpack"]
 
 Record = dict[str, Any]
 

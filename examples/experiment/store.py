@@ -93,12 +93,12 @@ class Store:
         """Where the trained weights are put; ``*.pt`` files are not committed."""
         return self.folder / "models" / f"{cell.key}.pt"
 
-    def has(self, cell: Cell, patients: str | None = None) -> bool:
+    def has(self, cell: Cell, patients: str) -> bool:
         """Whether a cell is finished.
 
         Args:
             cell: one training.
-            patients: digest of those that it is about to be trained and tested on; None: any.
+            patients: digest of those that it is about to be trained and tested on.
 
         Raises:
             ConfigError: it is finished, with other patients.
@@ -107,11 +107,11 @@ class Store:
         if path.is_file():
             facts = json.loads(path.read_text(encoding="utf-8"))["run"]
         elif cell.key in self._packed:
-            facts = self._packed[cell.key]["run"]
+            facts = self._packed[cell.key]
         else:
             return False
         # Results of earlier versions do not tell.
-        if patients is not None and facts.get("patients", patients) != patients:
+        if facts.get("patients", patients) != patients:
             raise ConfigError(
                 f"{self.folder} has the results of {cell.key}, trained or tested on other patients than those given "
                 "now; choose another folder for these"
@@ -136,8 +136,9 @@ class Store:
             _write(self.folder / name, content)
 
     @functools.cached_property
-    def _packed(self) -> dict[str, packing.Record]:
-        return packing.unpack(self.folder)
+    def _packed(self) -> dict[str, dict[str, Any]]:
+        """Facts of the packed cells by key; their scores are not kept in memory."""
+        return {key: record["run"] for key, record in packing.unpack(self.folder).items()}
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.key}.json"
