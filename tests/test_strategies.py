@@ -498,6 +498,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("variant", "parts"),
         [
+            ("passion-students", set()),
             ("passion-pixel", {"pixel"}),
             ("passion-prototype", {"prototype"}),
             ("passion-both", {"pixel", "prototype"}),

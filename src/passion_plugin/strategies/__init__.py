@@ -11,6 +11,7 @@ None                        PASSION as ``config`` says: :class:`PassionRule`
 ``"redcore"``               :class:`RedCore`: uni-modal losses weighted by relative advantage (AAAI 2024)
 ``"passion"``               PASSION (ACM MM 2024); the same as None without a ``config``
 ``"passion-official"``      as the published code
+``"passion-students"``      students trained on the labels alone, without distillation
 ``"passion-pixel"``         pixel distillation only
 ``"passion-prototype"``     prototype distillation only, without its gate
 ``"passion-both"``          both, without gate and beta

@@ -24,6 +24,7 @@ _NO_PREFERENCE: dict[str, Any] = {"gate": False, **_NO_WEIGHTS}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "passion": {},
     "passion-official": {"mode": "official"},
+    "passion-students": {"pixel_weight": 0.0, "prototype_weight": 0.0, **_NO_PREFERENCE},
     "passion-pixel": {"prototype_weight": 0.0, **_NO_PREFERENCE},
     "passion-prototype": {"pixel_weight": 0.0, **_NO_PREFERENCE},
     "passion-both": _NO_PREFERENCE,
@@ -66,10 +67,11 @@ def passion_variant(name: str, config: PassionConfig | None = None) -> PassionCo
     """Return the configuration of PASSION with some parts switched off.
 
     Args:
-        name: ``"passion"``, ``"passion-official"``, ``"passion-pixel"`` (pixel distillation only),
-            ``"passion-prototype"`` (prototype distillation only, without its gate), ``"passion-both"`` (both, no gate,
-            no beta), ``"passion-gate"`` (both and the gate; beta added it is ``"passion"``). The uni-modal
-            segmentation loss, part of the paper's task loss, stays in all of them.
+        name: ``"passion"``, ``"passion-official"``, ``"passion-students"`` (no distillation: what the others are
+            compared with), ``"passion-pixel"`` (pixel distillation only), ``"passion-prototype"`` (prototype
+            distillation only, without its gate), ``"passion-both"`` (both, no gate, no beta), ``"passion-gate"``
+            (both and the gate; beta added it is ``"passion"``). The uni-modal segmentation loss, part of the
+            paper's task loss, stays in all of them.
         config: everything else.
 
     Raises:
