@@ -270,7 +270,7 @@ class TestRuns:
         assert trained == ["plain", "passion", "plain", "plain", "passion"]
         assert main(command) == 0
         assert {path: path.read_bytes() for path in before} == before
-        Store(tmp_path).pack()
+        # What a run has finished, it has packed too.
         for path in tmp_path.glob("cells/*"):
             path.unlink()
         assert main(command) == 0, "what is packed is finished too"

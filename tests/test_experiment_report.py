@@ -254,6 +254,10 @@ class TestTables:
         assert (plain["time"], passion["time"]) == ("1.00×", "1.50×")
         (gain,) = lines_of(tables["gains"])
         assert gain["passion minus"] == "plain (best other)"
+        # Seed 0: 0.1, 0 and 0.1 by patient; seed 1 changes nothing, and leaves fold 1 out.
+        assert gain["each seed"] == "+6.7, +0.0"
+        # Only one patient changes there, in one seed: 0.1 less.
+        assert gain["complete set"] == "-1.7"
         assert (gain["patients"], gain["runs"]) == ("3", "3")
 
     def test_subsets_end_with_the_one_that_gains_least(self, tmp_path: Path) -> None:
@@ -294,13 +298,42 @@ class TestTables:
             "passion-both",
         ]
 
+    def test_levels_are_shown_of_strategies_that_were_run_as_often_as_any(self, tmp_path: Path) -> None:
+        values = {"ct": [0.6, 0.7], "pet": [0.5, 0.5], "ct+pet": [0.7, 0.8]}
+        network = [record(name, values, backbone="rfnet") for name in ("plain", "even")]
+        of = Comparison.read(stored(tmp_path, record("drop", values), record("even", values), *network))
+        assert of.complete(("uhemis", 2)) == ["plain", "passion"]
+        assert of.complete(("rfnet", 2)) == ["plain", "even"]
+        subsets = lines_of(TABLES["subsets"](of))
+        assert list(subsets[0])[2:5] == ["plain", "even", "passion"]
+        assert [line["even"] for line in subsets if line["modalities"] == "ct"] == ["–", "65.0"]
+        assert {(line["network"], line["strategy"]) for line in lines_of(TABLES["hd95"](of))} == {
+            ("uhemis", "plain"),
+            ("uhemis", "passion"),
+            ("rfnet", "plain"),
+            ("rfnet", "even"),
+        }
+
+    def test_distances_are_also_compared_where_neither_mask_is_empty(self, tmp_path: Path) -> None:
+        changed = records()
+        for row in changed[0]["scores"]:
+            if row[:2] == ["pet", "f0p0"] and row[3] == "hd95":
+                row[4:] = [373.1, "one empty"]
+        of = Comparison(STUDY, changed)
+        passion = lines_of(TABLES["hd95"](of))[1]
+        assert list(passion)[-1] == "one mask empty (373)"
+        # In place of -30 mm, of three subsets and two seeds of one of three patients.
+        assert passion["minus plain"] == f"{-5 - (373.1 - 80) / 18:+.1f}"
+        # f0p0: (0 + 0) / 2 = 0 in seed 0, where PET is left out; f0p1 and f1p0 as before, -10 / 6 and -10.
+        assert passion["where both predict"] == f"{(0 + 0 - 10) / 3:+.1f}"
+
     def test_empty_masks_are_counted_of_the_target_that_they_stand_beside(self) -> None:
         both = []
         for each in records():
             other = [[*row[:2], "mtv", *row[3:5], "one empty"] for row in each["scores"]]
             both.append({**each, "scores": each["scores"] + other})
         of = Comparison(replace(STUDY, regions={"gtv": [1, 2], "mtv": [2]}, primary=["gtv"]), both)
-        assert [line["one mask empty"] for line in lines_of(TABLES["hd95"](of))] == ["0.0%", "0.0%"]
+        assert [line["one mask empty (373)"] for line in lines_of(TABLES["hd95"](of))] == ["0.0%", "0.0%"]
 
     def test_where_several_modalities_are_rarest_all_of_them_are(self) -> None:
         pair = [record(s, {"ct": [0.1], "pet": [0.9]}, assignment="ct=0.5,pet=0.5") for s in ("plain", "passion")]
@@ -323,6 +356,30 @@ class TestTables:
 
 
 class TestPage:
+    def test_a_study_that_a_page_does_not_show_is_put_at_its_end(self, tmp_path: Path) -> None:
+        mine = "# Mine\n\n<!-- begin: elsewhere gains -->\nkept\n<!-- end: elsewhere gains -->\n"
+        (tmp_path / "results.md").write_text(mine)
+        assert report({"boxes": stored(tmp_path / "boxes")}, tmp_path) == len(TABLES) + len(CAPTIONS)
+        page = (tmp_path / "results.md").read_text()
+        assert page.startswith(f"{mine}\n## boxes\n\n### runs\n")
+        assert "| network | " in page
+
+    def test_without_out_the_page_is_beside_the_results(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = stored(tmp_path / "boxes").folder
+        main(["report", "--results", str(folder)])
+        assert "+5.0" in (folder / "results.md").read_text()
+        assert str(folder / "results.md") in capsys.readouterr().out
+
+    def test_a_folder_that_a_page_cannot_refer_to_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = stored(tmp_path / "my boxes").folder
+        with pytest.raises(SystemExit):
+            main(["report", "--results", str(folder)])
+        assert "'my boxes'" in capsys.readouterr().err
+
     def test_a_new_page_has_everything_and_a_second_report_changes_nothing(self, tmp_path: Path) -> None:
         store = stored(tmp_path / "boxes")
         assert report({"boxes": store}, tmp_path) == len(TABLES) + len(CAPTIONS)
@@ -421,7 +478,13 @@ def test_held_out_patients_are_tested_once_per_repetition_and_drawn(tmp_path: Pa
 
 def test_the_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
     page = ROOT / "docs" / "results.md"
-    stores = {path.parent.name: Store(path.parent) for path in RESULTS.glob("*/study.json")}
+    for study in RESULTS.glob("*/study.json"):
+        # Of what is committed, without cells of runs that are not packed yet.
+        folder = tmp_path / study.parent.name
+        folder.mkdir()
+        for path in (study, *study.parent.glob("*.csv*")):
+            (folder / path.name).symlink_to(path)
+    stores = {path.parent.name: Store(path.parent) for path in tmp_path.glob("*/study.json")}
     copy = tmp_path / "results.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "images").symlink_to(page.parent / "images")

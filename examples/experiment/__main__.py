@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         batch_sizes=options.batch_size or [cohort.batch_size],
         strategies=options.strategies,
     )
-    return runner.run(
+    trained = runner.run(
         shard(cells, int(part), int(parts)),
         cohort_of,
         study,
@@ -120,6 +120,8 @@ def _run(options: argparse.Namespace) -> int:
         device=options.device,
         keep_models=not options.no_models,
     )
+    print(f"{trained} cells trained. Tables: python -m examples.experiment report --results {options.results}")
+    return trained
 
 
 def _study(cohort: Cohort, options: argparse.Namespace) -> Study:

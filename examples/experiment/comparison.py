@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from passion_plugin.errors import ConfigError, suggest
 from passion_plugin.missing import all_subsets, subset_name
 from passion_plugin.strategies import strategy_names
 
-__all__ = ["Comparison", "rarest"]
+__all__ = ["Comparison", "complete_set", "rarest"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Comparison:
     study: Study
     records: Sequence[Mapping[str, Any]]
     focus: str = "passion"
-    _scores: dict[str, Scores] = field(default_factory=dict, repr=False)
+    _scores: dict[tuple[str, bool], Scores] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, store: Store, focus: str | None = None) -> Comparison:
@@ -92,11 +93,17 @@ class Comparison:
         candidates = [name for name, gain in found.items() if gain.runs == most and gain.units]
         return min(candidates, key=lambda name: found[name].mean, default=None)
 
-    def scores(self, metric: str = "dice") -> Scores:
-        """All scores of one metric."""
-        if metric not in self._scores:
-            self._scores[metric] = Scores(self.records, metric)
-        return self._scores[metric]
+    def complete(self, group: tuple[str, int]) -> list[str]:
+        """The strategies that were run as often as any; levels of the others are those of other patients or seeds."""
+        runs = Counter(cell.strategy for cell in self.cells if (cell.backbone, cell.batch_size) == group)
+        return [name for name in self.strategies if runs[name] == max(runs.values())]
+
+    def scores(self, metric: str = "dice", *, found_only: bool = False) -> Scores:
+        """All scores of one metric; ``found_only`` leaves out those that an empty mask decided."""
+        key = metric, found_only
+        if key not in self._scores:
+            self._scores[key] = Scores(self.records, *key)
+        return self._scores[key]
 
     @property
     def primary(self) -> list[str]:
@@ -131,6 +138,11 @@ class Comparison:
 def rarest(cell: Cell, subset: str, target: str) -> bool:
     """Selects the modality alone that is missing most often; each of them where several are."""
     return cell.rates.get(subset) == max(cell.rates.values())
+
+
+def complete_set(cell: Cell, subset: str, target: str) -> bool:
+    """Selects all modalities together."""
+    return subset == subset_name(cell.rates)
 
 
 def _rank(name: str) -> tuple[Any, ...]:

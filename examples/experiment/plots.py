@@ -57,9 +57,9 @@ def gain_by_rate(of: Comparison, path: Path) -> None:
 
 
 def heat_map(of: Comparison, path: Path) -> None:
-    """Dice by subset and strategy, one panel for each network."""
+    """Dice by subset and strategy, one panel for each network, of strategies that were run as often as any."""
     present = {
-        group: [name for name in of.strategies if of.scores().level(name, of.within(group))] for group in of.groups
+        group: [name for name in of.complete(group) if of.scores().level(name, of.within(group))] for group in of.groups
     }
     # Where every training of a network failed there is nothing to show.
     present = {group: names for group, names in present.items() if names}
@@ -80,30 +80,30 @@ def heat_map(of: Comparison, path: Path) -> None:
 
 
 def preference(of: Comparison, path: Path) -> None:
-    """Relative preference and beta of the focus by epoch: mean and range over trainings, by missing rate."""
-    several = len({cell.assignment for cell in of.cells}) > 1
-    figure = new_figure(figsize=(8, 3 * len(of.groups)))
+    """Relative preference and beta of the focus by epoch, mean over trainings, by modality and missing rate."""
+    figure = new_figure(figsize=(9, 3 * len(of.groups)))
     for line, group in zip(figure.subplots(len(of.groups), 2, squeeze=False), of.groups, strict=True):
-        curves: dict[tuple[float, str], list[list[list[float]]]] = {}
+        curves: dict[tuple[int, float], list[list[list[float]]]] = {}
         for cell, record in zip(of.cells, of.records, strict=True):
             if (cell.backbone, cell.batch_size) == group and cell.strategy == of.focus and record["history"]:
                 epochs, *columns = map(list, zip(*record["history"], strict=True))
                 for m, name in enumerate(of.study.modalities):
-                    rate = cell.rates[name]
                     pair = [epochs, columns[m], columns[m + len(of.study.modalities)]]
-                    curves.setdefault((rate, "" if several else f"{name}, "), []).append(pair)
-        for k, ((rate, name), found) in enumerate(sorted(curves.items())):
+                    curves.setdefault((m, cell.rates[name]), []).append(pair)
+        rates = sorted({rate for _, rate in curves})
+        for (m, rate), found in sorted(curves.items()):
+            # Modalities by colour; the rarer, the more broken the line.
+            style = {"color": COLOURS[m % len(COLOURS)], "linestyle": ("-", "--", "-.", ":")[rates.index(rate) % 4]}
             for axes, what in ((line[1], 1), (line[0], 2)):
                 # Folds of different sizes have epochs of different lengths.
                 values = np.array([np.interp(found[0][0], each[0], each[what]) for each in found])
-                style = {"color": COLOURS[k % len(COLOURS)]}
-                axes.plot(found[0][0], values.mean(0), label=f"{name}missing in {rate:.0%}", **style)
-                axes.fill_between(found[0][0], values.min(0), values.max(0), alpha=0.15, linewidth=0, **style)
+                label = f"{of.study.modalities[m]}, missing in {rate:.0%}"
+                axes.plot(found[0][0], values.mean(0), label=label, **style)
         for axes, what, neutral in ((line[0], "relative preference", 0), (line[1], "beta", 1)):
             axes.axhline(neutral, color="0.6", linewidth=0.8)
             axes.set(xlabel="epoch", ylabel=what, title=f"{of.label(group)}, {of.focus}")
         if curves:
-            line[0].legend(fontsize=8)
+            line[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figures.foot(figure, of.study.credit)
     figure.savefig(path, dpi=110)
 

@@ -1,11 +1,13 @@
 """Tables and pictures of one or several experiments, put into a page that is written by hand around them.
 
     python -m examples.experiment report --results examples/results/* --out docs
+    python -m examples.experiment report --results runs/mine
     python -m examples.experiment report --results examples/results/sts --table summary
 
 The page ``results.md`` in ``--out`` has markers ``<!-- begin: STUDY TABLE -->`` and ``<!-- end: STUDY TABLE -->``,
 where STUDY is the name of a folder of results; what stands between them is replaced. ``STUDY TABLE STRATEGY`` compares
-this strategy with the others. A page that does not exist is begun, with everything.
+this strategy with the others. A study that the page does not show at all is put at its end, with everything, and a page
+that does not exist is begun.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ __all__ = ["CAPTIONS", "main", "report"]
 CAPTIONS = {
     "gain": "Gain on every modality alone against its missing rate",
     "heatmap": "Dice by subset of modalities and strategy",
-    "preference": "Relative preference and beta by epoch",
-    "overlays": "The patients that lose and gain most",
+    "preference": "Relative preference and beta by epoch, by modality and missing rate",
+    "overlays": "The patients that gain least and most",
 }
 """Pictures by name."""
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--results", nargs="+", required=True, type=Path, help="folders of results")
-    add("--out", type=Path, default=Path("docs"), help="folder of results.md and images/ (default: docs)")
+    add("--out", type=Path, help="folder of results.md and images/ (default: the first folder of results)")
     add("--focus", help="the strategy that is compared with the others (default: passion)")
     add("--table", choices=TABLES, help="only print this table")
     add("--data", help="--data of the run, to predict and draw patients (needs the trained weights)")
@@ -51,14 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stores = {folder.resolve().name: Store(folder) for folder in options.results}
         if len(stores) < len({folder.resolve() for folder in options.results}):
             raise ConfigError("two folders of results have the same name, by which a page refers to them; rename one")
+        if spaced := [name for name in stores if " " in name]:
+            raise ConfigError(f"a page cannot refer to {spaced[0]!r}, because of the space; rename the folder")
         if options.table:
             for store in stores.values():
                 print(TABLES[options.table](Comparison.read(store, options.focus)))
             return 0
         cohort_of = (lambda fold: load(options.data, fold, options.held_out)) if options.data else None
-        return report(stores, options.out, focus=options.focus, cohort_of=cohort_of)
+        out = options.out or options.results[0]
+        written = report(stores, out, focus=options.focus, cohort_of=cohort_of)
     except ConfigError as error:
         parser.error(str(error))
+    print(f"{out / 'results.md'}: {written} tables and pictures; CSV files beside the results")
+    return written
 
 
 def report(
@@ -88,7 +95,9 @@ def report(
     page, images = out / "results.md", out / "images"
     images.mkdir(parents=True, exist_ok=True)
     items = [*TABLES, *CAPTIONS]
-    text = page.read_text(encoding="utf-8") if page.exists() else _new_page(stores, items)
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
+    shown = {name.split(" ")[0] for name in marked_blocks(text)}
+    text += "".join(f"\n{_section(study, items)}" for study in stores if study not in shown)
     # Pages choose what they show, and may show studies that are not at hand now.
     marked = [name for name in marked_blocks(text) if name.split(" ")[0] in stores]
     asked = [(name, *_parts(name, focus)) for name in marked]
@@ -127,7 +136,7 @@ def _shown(picture: Path, caption: str, credit: str) -> str:
     return f"![{caption}](images/{picture.name})\n\n{caption}." + (f" Data: {credit}." if credit else "")
 
 
-def _new_page(studies: Mapping[str, Store], items: Sequence[str]) -> str:
-    names = [f"{study} {item}" for study in studies for item in items]
-    sections = [f"## {name}\n\n<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in names]
-    return "# Results\n\n" + "\n".join(sections)
+def _section(study: str, items: Sequence[str]) -> str:
+    """Markers for everything about one study."""
+    blocks = [f"### {item}\n\n<!-- begin: {study} {item} -->\n<!-- end: {study} {item} -->\n" for item in items]
+    return "\n".join([f"## {study}\n", *blocks])

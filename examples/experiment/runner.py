@@ -208,7 +208,7 @@ def run(
     device: str = "cpu",
     keep_models: bool = True,
 ) -> int:
-    """Run what is not finished yet, in the order given.
+    """Run what is not finished yet, in the order given, and pack the results into CSV files.
 
     Args:
         cells: what is wanted.
@@ -241,6 +241,7 @@ def run(
             facts = record["run"]
             outcome = f"Dice {100 * np.mean(dice):.1f}" if dice else facts["status"]
             tqdm.write(f"{cell.key}: {outcome}, {facts.get('training_seconds', 0):.0f} s")
+    store.pack()
     return trained
 
 

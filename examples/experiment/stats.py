@@ -17,7 +17,7 @@ import numpy as np
 
 from examples.experiment.cells import Cell
 
-__all__ = ["Interval", "Sample", "Scores", "bootstrap", "by_patient", "by_run"]
+__all__ = ["Interval", "Sample", "Scores", "bootstrap", "by_patient", "by_run", "patient_means", "seed_means"]
 
 Select = Callable[[Cell, str, str], bool]
 """Whether to use a score: (cell, subset, target) -> bool."""
@@ -60,15 +60,16 @@ class Scores:
     Args:
         records: finished cells, see :meth:`examples.experiment.store.Store.records`.
         metric: ``"dice"`` or ``"hd95"``.
+        found_only: leave out scores that a convention decided because a mask is empty.
     """
 
-    def __init__(self, records: Iterable[Mapping[str, Any]], metric: str = "dice") -> None:
+    def __init__(self, records: Iterable[Mapping[str, Any]], metric: str = "dice", found_only: bool = False) -> None:
         self.values: dict[Cell, dict[tuple[str, str, str], float]] = {}
         for record in records:
             found = {
                 (subset, target, patient): value
-                for subset, patient, target, name, value, _ in record["scores"]
-                if name == metric and value is not None
+                for subset, patient, target, name, value, status in record["scores"]
+                if name == metric and value is not None and (status == "ok" or not found_only)
             }
             if found:
                 self.values[Cell(**record["cell"])] = found
@@ -112,6 +113,12 @@ def by_run(samples: Sequence[Sample]) -> Interval:
     """Mean over pairs of fold and seed of their means; the pairs are what is drawn."""
     means = _means(((sample.fold, sample.seed), sample.value) for sample in samples)
     return _interval(samples, means, strata=dict.fromkeys(means, 0))
+
+
+def seed_means(samples: Sequence[Sample]) -> dict[int, float]:
+    """Mean over patients of every seed."""
+    seeds = sorted({sample.seed for sample in samples})
+    return {seed: statistics.fmean(patient_means([s for s in samples if s.seed == seed]).values()) for seed in seeds}
 
 
 def patient_means(samples: Sequence[Sample]) -> dict[str, float]:

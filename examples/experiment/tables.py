@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from examples.experiment.comparison import Comparison, rarest
-from examples.experiment.stats import Interval, Select, by_patient, by_run
+from examples.experiment.comparison import Comparison, complete_set, rarest
+from examples.experiment.stats import Interval, Select, by_patient, by_run, seed_means
 from examples.markdown import aligned
+from passion_plugin.evaluation.metrics import BRATS_PENALTY
 
 __all__ = ["TABLES"]
 
@@ -36,7 +37,8 @@ def summary(of: Comparison) -> str:
 
 def gains(of: Comparison) -> str:
     """The focus against every other strategy, over patients and over pairs of fold and seed; see ``best_other``."""
-    header = ["network", f"{of.focus} minus", "all subsets", "by fold × seed", "rarest alone", "patients", "runs"]
+    header = ["network", f"{of.focus} minus", "all subsets", "by fold × seed", "each seed"]
+    header += ["rarest alone", "complete set", "patients", "runs"]
     lines = []
     for group in of.groups:
         best = of.best_other(group)
@@ -49,18 +51,22 @@ def gains(of: Comparison) -> str:
             lines.append(
                 [
                     *(of.label(group), name + mark, _points(overall), _points(by_run(samples))),
-                    *(_gain(of, of.focus, name, group, rarest), str(overall.units), str(overall.runs)),
+                    ", ".join(f"{100 * mean:+.1f}" for mean in seed_means(samples).values()),
+                    *(_gain(of, of.focus, name, group, select) for select in (rarest, complete_set)),
+                    *(str(overall.units), str(overall.runs)),
                 ]
             )
     return aligned([header, *lines])
 
 
 def subsets(of: Comparison) -> str:
-    """Dice by subset for every strategy, and the gain of the focus; the last line is the subset that gains least.
+    """Dice by subset, and the gain of the focus; the last line is the subset that gains least.
 
-    The best other strategy is the one that the table ``gains`` marks.
+    Strategies are those that were run as often as any. The best other is the one that the table ``gains`` marks.
     """
-    header = ["network", "modalities", *of.strategies, f"{of.focus} − {of.baseline}", f"{of.focus} − best other"]
+    complete = {group: of.complete(group) for group in of.groups}
+    shown = [name for name in of.strategies if any(name in names for names in complete.values())]
+    header = ["network", "modalities", *shown, f"{of.focus} − {of.baseline}", f"{of.focus} − best other"]
     lines = []
     for group in of.groups:
         best = of.best_other(group)
@@ -68,13 +74,14 @@ def subsets(of: Comparison) -> str:
         for subset in of.subsets:
             chosen = of.within(group, lambda cell, name, target, subset=subset: name == subset)
             found[subset] = by_patient(of.scores().difference(of.focus, of.baseline, chosen))
-            levels = [by_patient(of.scores().level(name, chosen)).mean for name in of.strategies]
+            levels = [
+                _percent(by_patient(of.scores().level(name, chosen)).mean) if name in complete[group] else "–"
+                for name in shown
+            ]
             other = "–" if best is None else _points(by_patient(of.scores().difference(of.focus, best, chosen)))
-            lines.append([of.label(group), subset, *map(_percent, levels), _points(found[subset]), other])
+            lines.append([of.label(group), subset, *levels, _points(found[subset]), other])
         if worst := min((s for s in found if found[s].units), key=lambda s: found[s].mean, default=None):
-            lines.append(
-                [of.label(group), f"least gain: {worst}", *[""] * len(of.strategies), _points(found[worst]), ""]
-            )
+            lines.append([of.label(group), f"least gain: {worst}", *[""] * len(shown), _points(found[worst]), ""])
     return aligned([header, *lines])
 
 
@@ -108,18 +115,19 @@ def assignments(of: Comparison) -> str:
 
 
 def distance(of: Comparison) -> str:
-    """HD95 by target, lower is better; where one mask is empty it is the penalty, and how often that was so.
+    """HD95 by target, lower is better, of strategies that were run as often as any.
 
-    How often is about the primary targets, as the first column is.
+    Where one mask is empty it is the penalty; how often that was so, and the difference where it was so with neither
+    of two strategies, are about the primary targets, as the first column is.
     """
-    scores = of.scores("hd95")
+    scores, measured = of.scores("hd95"), of.scores("hd95", found_only=True)
     if not scores.values:
         return "HD95 was not computed.\n"
     header = ["network", "strategy", f"{of.about}, {of.study.unit}", *of.apart]
-    header += [f"minus {of.baseline}", "one mask empty"]
+    header += [f"minus {of.baseline}", "where both predict", f"one mask empty ({BRATS_PENALTY:.0f})"]
     lines = []
     for group in of.groups:
-        for name in of.strategies:
+        for name in of.complete(group):
             level = by_patient(scores.level(name, of.within(group)))
             if not level.runs:
                 continue
@@ -127,8 +135,9 @@ def distance(of: Comparison) -> str:
             for target in of.apart:
                 chosen = of.within(group, target=target)
                 line.append(f"{by_patient(scores.level(name, chosen)).mean:.1f}")
-            difference = by_patient(scores.difference(name, of.baseline, of.within(group)))
-            line.append("–" if name == of.baseline else _points(difference, scale=1))
+            for which in (scores, measured):
+                difference = by_patient(which.difference(name, of.baseline, of.within(group)))
+                line.append("–" if name == of.baseline else _points(difference, scale=1))
             lines.append([*line, _empty(of, name, group)])
     return aligned([header, *lines])
 
