@@ -1,18 +1,14 @@
-"""Patients for the examples: the phantom that ships with the package, or real data from a folder.
+"""Patients for the examples: what a cohort is, patients in memory, random patches, and the phantom of the package.
 
 A :class:`Cohort` is all that demo and experiment need to know: who is in training, who is in the test set, how often
-each modality is missing in training. Real data is read from a folder and never copied into the repository.
-
-Formats of a folder with ``index.json`` (soft-tissue sarcoma: CT, FDG-PET, T1 MR with an expert outline of the
-tumour) or of ``*.npz`` files with ``flair``, ``t1c``, ``t1``, ``t2`` and ``lesion`` (multiple sclerosis).
+each modality is missing in training. Real data is read from a folder and never copied into the repository:
+:mod:`examples.folders` knows two formats, :mod:`examples.own_cohort` is a beginning for another.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,27 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from passion_plugin.evaluation import BRATS_REGIONS
-from passion_plugin.phantom import CLASSES, MODALITIES, PhantomDataset, standardise
+from passion_plugin.phantom import CLASSES, MODALITIES, PhantomDataset
 
-__all__ = [
-    "Cases",
-    "Cohort",
-    "RandomPatches",
-    "load_cohort",
-    "ms4_cohort",
-    "phantom_cohort",
-    "sts_cohort",
-    "sts_slices",
-]
+__all__ = ["Cases", "Cohort", "RandomPatches", "phantom_cohort"]
 
 Item = dict[str, Any]
-
-STS_MODALITIES = ("ct", "pet", "t1")
-STS_CREDIT = (
-    "Vallières et al. 2015, Soft-tissue-Sarcoma, The Cancer Imaging Archive, "
-    "doi:10.7937/K9/TCIA.2015.7GO2GSKS, CC BY 3.0, processed by the IBSI validation study; "
-    "reduced in resolution and to 8 bits here"
-)
 
 
 @dataclass(frozen=True)
@@ -179,31 +159,6 @@ def cut_and_flip(
     return image[(slice(None), *window)].flip(axes), label[window].flip(axes)
 
 
-def load_cohort(data: str, *, seed: int = 0, fold: int = 0, smoke: bool = False) -> Cohort:
-    """Read the cohort that ``--data`` names.
-
-    Args:
-        data: ``"phantom"``, or a folder in one of the two formats of this module.
-        seed: of the phantom.
-        fold: test fold of a folder that has folds.
-        smoke: few and small phantoms.
-
-    Raises:
-        FileNotFoundError: when ``data`` is neither.
-    """
-    if data == "phantom":
-        return phantom_cohort(seed, *((4, 2, 16) if smoke else (32, 12, 40)))
-    folder = Path(data)
-    if (folder / "index.json").is_file():
-        return sts_cohort(folder, fold)
-    if any(folder.glob("ms_*.npz")):
-        return ms4_cohort(folder)
-    raise FileNotFoundError(
-        f"--data {data!r}: not 'phantom', and no folder with index.json or ms_*.npz files. "
-        f"{'The folder exists but has neither.' if folder.is_dir() else 'There is no such folder.'}"
-    )
-
-
 def phantom_cohort(seed: int = 0, train: int = 32, test: int = 12, size: int = 40) -> Cohort:
     """Phantom patients of ``size``^3 voxels at the missing rates of the paper, (0.2, 0.4, 0.6, 0.8)."""
     return Cohort(
@@ -214,133 +169,6 @@ def phantom_cohort(seed: int = 0, train: int = 32, test: int = 12, size: int = 4
         missing_rates=dict(zip(MODALITIES, (0.2, 0.4, 0.6, 0.8), strict=True)),
         train=PhantomDataset(train, (size,) * 3, seed=2 * seed),
         test=PhantomDataset(test, (size,) * 3, seed=2 * seed + 1),
-    )
-
-
-def sts_cohort(folder: Path, fold: int = 0) -> Cohort:
-    """Soft-tissue sarcoma, CT, PET and T1; the test set is one of the folds of ``index.json``.
-
-    The label is the expert outline of the tumour. PET, which shows it best, is missing most often.
-    """
-    train, test = _sts_folds(folder, fold)
-
-    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        image, stored = _read_sts(folder / f"{name}.npz")
-        return image, stored["gtv"].astype(np.int64)
-
-    return Cohort(
-        name=f"soft-tissue sarcoma, fold {fold}",
-        modalities=STS_MODALITIES,
-        classes=("background", "gross tumour volume"),
-        regions={"GTV": (1,)},
-        missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
-        train=Cases(train, read),
-        test=Cases(test, read),
-        credit=STS_CREDIT,
-        # More of the body has to be in view than of the phantom, to tell a tumour from other soft tissue.
-        steps=400,
-        patch=32,
-    )
-
-
-def sts_slices(folder: Path, fold: int = 0, held_out: Path | None = None) -> Cohort:
-    """The same patients slice by slice, with the metabolically active part of the tumour as a second class.
-
-    Volumes are neither padded nor resampled, so that scores are those of the data as it is stored.
-
-    Args:
-        folder: the patients.
-        fold: which of them are the test set.
-        held_out: a folder of others to test on instead; all in ``folder`` are trained on then, whatever the fold.
-
-    Raises:
-        ValueError: there is no such fold, or no held-out patient, or one that is in both folders.
-    """
-    if held_out is None:
-        train, test = _sts_folds(folder, fold)
-        paths = {name: folder / f"{name}.npz" for name in (*train, *test)}
-    else:
-        paths = {name: folder / f"{name}.npz" for name in _sts_subjects(folder)}
-        others = {path.stem: path for path in sorted(held_out.glob("*.npz"))}
-        if both := sorted(set(others) & set(paths)):
-            raise ValueError(f"{', '.join(both[:3])} are in both folders; held-out patients must be others")
-        if not others:
-            raise ValueError(f"there are no *.npz files in {held_out}")
-        train, test, paths = sorted(paths), list(others), paths | others
-
-    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-        image, stored = _read_sts(paths[name])
-        gtv = stored["gtv"].astype(np.int64)
-        return image, gtv + gtv * stored["mtv"], stored["spacing"]
-
-    return Cohort(
-        name="soft-tissue sarcoma",
-        modalities=STS_MODALITIES,
-        classes=("background", "tumour, not active", "tumour, active"),
-        regions={"gtv": (1, 2), "mtv": (2,)},
-        missing_rates={"ct": 0.2, "pet": 0.8, "t1": 0.5},
-        train=Cases(train, read, least=1, multiple=1),
-        test=Cases(test, read, least=1, multiple=1),
-        credit=STS_CREDIT,
-        steps=600,
-        patch=48,
-        ndim=2,
-        batch_size=8,
-        widths=(8, 16, 32, 48),
-        primary=("gtv",),
-    )
-
-
-def _sts_subjects(folder: Path) -> dict[str, Any]:
-    """What ``index.json`` says about each patient, in the order of their names."""
-    return dict(sorted(json.loads((folder / "index.json").read_text())["subjects"].items()))
-
-
-def _sts_folds(folder: Path, fold: int) -> tuple[list[str], list[str]]:
-    """Training and test patients of one fold."""
-    folds = {name: int(entry["fold"]) for name, entry in _sts_subjects(folder).items()}
-    if fold not in folds.values():
-        known = sorted(set(folds.values()))
-        raise ValueError(f"fold {fold} is not in {folder / 'index.json'}; it has {known}.")
-    train = [name for name, place in folds.items() if place != fold]
-    return train, [name for name, place in folds.items() if place == fold]
-
-
-def _read_sts(path: Path) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-    """The image (3, z, y, x) of one patient, and all that is stored."""
-    with np.load(path) as file:
-        stored = {key: file[key] for key in file.files}
-    ct, pet, t1 = (stored[key].astype(np.float32) for key in STS_MODALITIES)
-    # CT and PET are quantitative and keep a common scale; MR is scaled within its own field of view.
-    # Air and no uptake are 0 in all of them, as are the padding and a modality that is missing.
-    image = np.stack([2 * ct / 100, np.sqrt(30) * pet / 255, standardise(t1[None])[0]])
-    return image.astype(np.float32), stored
-
-
-def ms4_cohort(folder: Path) -> Cohort:
-    """Multiple sclerosis, four MR modalities; the last patient is the test set.
-
-    For trying that real files go through. Nothing can be concluded from so few patients.
-    """
-    stored = {"flair": "flair", "t1ce": "t1c", "t1": "t1", "t2": "t2"}
-    names = sorted(path.stem for path in folder.glob("ms_*.npz"))
-
-    def read(name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        with np.load(folder / f"{name}.npz") as file:
-            image = np.stack([file[key].astype(np.float32) for key in stored.values()])
-            label = file["lesion"].astype(np.int64)
-        return standardise(image), label
-
-    return Cohort(
-        name="multiple sclerosis",
-        modalities=tuple(stored),
-        classes=("background", "lesion"),
-        regions={"lesion": (1,)},
-        missing_rates=dict(zip(stored, (0.2, 0.4, 0.6, 0.8), strict=True)),
-        train=Cases(names[:-1], read),
-        test=Cases(names[-1:], read),
-        credit="Lesjak et al., Neuroinformatics 2017, doi:10.1007/s12021-017-9348-7, CC BY; "
-        "cropped and reduced to 8 bits here",
     )
 
 

@@ -1,7 +1,7 @@
 """Train one small network twice on incomplete data, plain and with PASSION, and compare every subset.
 
     python -m examples.demo                          # the synthetic phantom
-    python -m examples.demo --data FOLDER --fold 0   # real patients, see examples/data.py
+    python -m examples.demo --data FOLDER --fold 0   # real patients, see examples/README.md
 
 Both runs see the same initial weights, batches and hyper-parameters. What a training patient lacks is really
 removed; the test patients are complete and are shown to the network subset by subset. The folder ``--out``
@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 
 from examples import figures
 from examples.backbones import BACKBONES, RFNetLike, rfnet_spec
-from examples.data import Cohort, RandomPatches, load_cohort
+from examples.data import Cohort, RandomPatches
+from examples.folders import load_cohort
 from examples.markdown import aligned
 from examples.training import train
 from passion_plugin import (
@@ -38,12 +39,13 @@ from passion_plugin import (
     PresenceTable,
     draw_presence,
 )
+from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
 from passion_plugin.html_report import write_report
 from passion_plugin.plot import plot_preference
 from passion_plugin.runs import RunLog
 
-__all__ = ["Run", "compare", "main", "parse", "run", "table", "write"]
+__all__ = ["Run", "compare", "main", "parser", "run", "table", "write"]
 
 
 @dataclass(frozen=True)
@@ -195,12 +197,12 @@ def write(cohort: Cohort, presence: PresenceTable, options: argparse.Namespace, 
     print(f"\n{caption}\n\n{text}\nTables and pictures are in {out}/, all of it on one page in {page}")
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__.splitlines()[0] if __doc__ else None
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("--data", default="phantom", help="'phantom' or a folder with real patients (default: phantom)")
     add("--out", default="demo_output", help="folder for tables and pictures (default: demo_output)")
     add("--backbone", choices=sorted(BACKBONES), default="uhemis")
@@ -219,13 +221,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME=NUMBER",
         help="hyper-parameters of PassionConfig, as in --config temperature=2 unimodal_weight=0.5",
     )
-    return parser.parse_args(arguments)
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Run]:
     """Parse the command line and run."""
-    options = parse(arguments)
-    cohort = load_cohort(options.data, seed=options.seed, fold=options.fold, smoke=options.smoke)
+    command = parser()
+    options = command.parse_args(arguments)
+    try:
+        cohort = load_cohort(options.data, seed=options.seed, fold=options.fold, smoke=options.smoke)
+    except (ConfigError, OSError) as error:
+        command.error(str(error))
     options.steps = options.steps or (4 if options.smoke else cohort.steps)
     options.patch = options.patch or (16 if options.smoke else cohort.patch)
     return compare(cohort, options)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.data import Cases, sts_slices
+from examples.data import Cases
+from examples.folders import sts_slices
+from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation.metrics import dice_scores
 
 __all__ = ["best_threshold", "floors", "mean_dice"]
@@ -71,7 +73,10 @@ def main() -> None:
     command = argparse.ArgumentParser(prog="python -m examples.floors", description="Floors of the sarcoma folds.")
     command.add_argument("folder", type=Path, help="the sarcoma patients, with index.json")
     folder = command.parse_args().folder
-    rows = [floors(folder, fold) for fold in range(5)]
+    try:
+        rows = [floors(folder, fold) for fold in range(5)]
+    except ConfigError as error:
+        command.error(str(error))
     for name in rows[0]:
         values = [row[name] for row in rows]
         print(f"{name}: {np.mean(values):.1f} (by fold {', '.join(f'{value:.1f}' for value in values)})")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from examples import demo, floors, three_lines
 from examples.backbones import BACKBONES, rfnet_spec
 from examples.backbones.blocks import keep_present
 from examples.backbones.uhemis_like import mean_and_variance
-from examples.data import Cases, RandomPatches, load_cohort, ms4_cohort, pad_to, phantom_cohort, sts_cohort, sts_slices
+from examples.data import Cases, RandomPatches, pad_to, phantom_cohort
+from examples.folders import sts_cohort
 from examples.training import criterion, train
 from passion_plugin import PassionConfig, PassionWrapper, draw_presence
 from passion_plugin.losses import dice_loss, weighted_cross_entropy
+from patients import fake_sts
 
 NAMES = ("ct", "pet", "t1")
 SUBSETS = [[True, False, False], [False, True, True], [True, True, True]]
@@ -173,59 +174,6 @@ def test_phantom_cohort_shares_no_patient_between_training_and_test() -> None:
     assert len(set(ids)) == len(ids) == 10
 
 
-def test_a_wrong_data_argument_says_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"index\.json.*neither"):
-        load_cohort(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_cohort(str(tmp_path / "nowhere"))
-
-
-def fake_sts(folder: Path, prefix: str = "sts") -> None:
-    rng = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
-    subjects = {f"{prefix}_{i:03d}": {"fold": i % 2} for i in range(4)}
-    (folder / "index.json").write_text(json.dumps({"subjects": subjects}))
-    for name in subjects:
-        gtv = np.zeros((20, 13, 18), dtype=np.uint8)
-        gtv[5:9, 4:8, 6:12] = 1
-        arrays = {key: rng.integers(0, 256, gtv.shape).astype(np.uint8) for key in ("ct", "pet", "t1")}
-        arrays["t1"][:5] = 0
-        np.savez(folder / f"{name}.npz", gtv=gtv, mtv=gtv, spacing=np.ones(3, np.float32), **arrays)
-
-
-def test_sts_folder_is_decoded_as_documented(tmp_path: Path) -> None:
-    fake_sts(tmp_path)
-    cohort = load_cohort(str(tmp_path), fold=1)
-    assert cohort.test.ids == ["sts_001", "sts_003"]
-    assert cohort.train.ids == ["sts_000", "sts_002"]
-    item = cohort.train[0]
-    assert item["image"].shape == (3, 24, 16, 24)
-    with np.load(tmp_path / "sts_000.npz") as file:
-        ct, pet = file["ct"].astype(float), file["pet"].astype(float)
-        hounsfield = item["image"][0, :20, :13, :18] * 100 - 200
-        assert np.allclose(hounsfield, 2 * ct - 200, atol=1e-3)
-        suv = item["image"][1, :20, :13, :18].double() ** 2
-        assert np.allclose(suv, 30 * (pet / 255) ** 2, atol=1e-3)
-        assert np.array_equal(item["label"][:20, :13, :18], file["gtv"])
-    assert item["image"][2, :5].abs().sum() == 0
-    assert item["image"][:, 20:].abs().sum() == 0
-    with pytest.raises(ValueError, match="fold 7"):
-        sts_cohort(tmp_path, 7)
-
-
-def test_held_out_patients_are_tested_and_all_others_trained_on(tmp_path: Path) -> None:
-    fake_sts(tmp_path / "known")
-    fake_sts(tmp_path / "new", "other")
-    cohort = sts_slices(tmp_path / "known", 1, tmp_path / "new")
-    assert cohort.train.ids == [f"sts_{i:03d}" for i in range(4)]
-    assert cohort.test.ids == [f"other_{i:03d}" for i in range(4)]
-    assert cohort.test[3]["image"].shape == (3, 20, 13, 18)
-    with pytest.raises(ValueError, match="sts_000, sts_001, sts_002 are in both folders"):
-        sts_slices(tmp_path / "known", 0, tmp_path / "known")
-    with pytest.raises(ValueError, match=r"no \*\.npz files"):
-        sts_slices(tmp_path / "known", 0, tmp_path)
-
-
 def test_a_floor_takes_the_threshold_of_the_training_patients() -> None:
     truths = [torch.tensor([False, False, True, True]), torch.tensor([False, True, True, True])]
     scores = [torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0.2, 0.6, 0.7, 0.9])]
@@ -249,23 +197,6 @@ def test_a_floor_needs_no_network_and_sees_no_test_patient(tmp_path: Path) -> No
     assert found["PET"] == 100
     assert found["shape"] == 0
     assert floors.floors(tmp_path, 0)["PET"] == 100
-
-
-@pytest.mark.data
-def test_real_folders_can_be_read() -> None:
-    if "PASSION_DATA" not in os.environ:
-        pytest.skip("PASSION_DATA is not set: the real patients are not part of the repository")
-    folder = Path(os.environ["PASSION_DATA"])
-    sts = sts_cohort(folder / "sts", 0)
-    ms4 = ms4_cohort(folder / "ms4")
-    assert len(sts.train.ids) + len(sts.test.ids) == 35
-    assert len(ms4.train.ids) == 2
-    for cohort in (sts, ms4):
-        item = cohort.test[0]
-        assert item["image"].shape == (len(cohort.modalities), *item["label"].shape)
-        assert torch.isfinite(item["image"]).all()
-        assert item["label"].unique().tolist() == [0, 1]
-        assert all(size % 8 == 0 for size in item["label"].shape)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +266,7 @@ class TestDemo:
         fake_sts(tmp_path)
         cohort = sts_cohort(tmp_path, 1)
         presence = draw_presence(cohort.train.ids, dict.fromkeys(cohort.modalities, 0.3), seed=0)
-        options = demo.parse(["--smoke", "--out", str(tmp_path / "out"), "--steps", "1", "--patch", "16"])
+        options = demo.parser().parse_args(["--smoke", "--out", str(tmp_path / "out"), "--steps", "1", "--patch", "16"])
         plain = demo.run(cohort, presence, options, passion=False)
         demo.write(cohort, presence, options, {"plain": plain, "PASSION": plain})
         assert plain.results.samples == ("sts_001", "sts_003")

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from examples.backbones import BACKBONES, RFNetLike, rfnet_spec
-from examples.data import Cohort, ms4_cohort, phantom_cohort, sts_slices
+from examples.data import Cohort, phantom_cohort
 from examples.experiment.cells import Cell
 from examples.experiment.recipes import parse_recipe
 from examples.experiment.store import Store, Study
 from examples.experiment.views import Batches, predict_whole
+from examples.folders import ms4_cohort, sts_slices
 from examples.training import TASKS, train
 from passion_plugin import PresenceTable, __version__, draw_presence
 from passion_plugin.errors import ConfigError
@@ -39,35 +40,37 @@ def load(data: str, fold: int, held_out: str | None = None) -> Cohort:
 
     Args:
         data: ``"phantom"`` or ``"phantom-tiny"``, where every fold is made of patients of its own; a folder in
-            one of the formats of :mod:`examples.data`; or ``"module:function"``, called with ``fold=``.
+            one of the formats of :mod:`examples.folders`; or ``"module:function"``, called with ``fold=``.
         fold: test fold.
         held_out: a folder of other patients to test on, where ``data`` is one with ``index.json``; then all
             of that are trained on, whatever the fold.
 
     Raises:
-        ConfigError: it is none of these, or ``held_out`` does not go with it.
+        ConfigError: it is none of these, the folder is not as it should be or has no such fold, or ``held_out`` does
+            not go with it.
     """
-    if held_out is not None:
-        try:
-            return sts_slices(Path(data), fold, Path(held_out))
-        except (ValueError, FileNotFoundError) as error:
-            raise ConfigError(f"--held-out {held_out!r} with --data {data!r}: {error}") from error
-    if data in _PHANTOMS:
-        return replace(phantom_cohort(fold, *_PHANTOMS[data]), name=data)
     folder = Path(data)
-    if (folder / "index.json").is_file():
-        try:
+    try:
+        if held_out is not None:
+            return sts_slices(folder, fold, Path(held_out))
+        if data in _PHANTOMS:
+            return replace(phantom_cohort(fold, *_PHANTOMS[data]), name=data)
+        if (folder / "index.json").is_file():
             return sts_slices(folder, fold)
-        except ValueError as error:
-            raise ConfigError(f"--data {data!r}: {error}") from error
-    if any(folder.glob("ms_*.npz")):
-        return ms4_cohort(folder)
+        if any(folder.glob("ms_*.npz")):
+            return ms4_cohort(folder, fold)
+    except (ValueError, OSError) as error:
+        given = f"--data {data!r}" if held_out is None else f"--held-out {held_out!r} with --data {data!r}"
+        raise ConfigError(f"{given}: {error}") from error
     module, colon, name = data.partition(":")
     if colon and not folder.exists():
         try:
-            cohort: Cohort = getattr(importlib.import_module(module), name)(fold=fold)
+            function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"--data {data!r}: {error}; pass module:function that returns a Cohort") from error
+        cohort = function(fold=fold)
+        if not isinstance(cohort, Cohort):
+            raise ConfigError(f"--data {data!r} returned {type(cohort).__name__}; it must be an examples.data.Cohort")
         return cohort
     raise ConfigError(
         f"--data {data!r} is not one of {', '.join(map(repr, _PHANTOMS))}, no folder with index.json or ms_*.npz "
