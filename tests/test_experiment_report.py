@@ -491,3 +491,22 @@ def test_the_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
     report(stores, tmp_path, draw=False)
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run the report, see docs/results.md"
     assert set(stores) <= {name.split(" ")[0] for name in marked_blocks(page.read_text(encoding="utf-8"))}
+
+
+def test_the_readme_says_what_the_committed_results_say() -> None:
+    of = Comparison.read(Store(RESULTS / "sts"))
+    lines = lines_of(TABLES["gains"](of))
+    names = {
+        "U-HeMIS-like": "uhemis",
+        "RFNet-like": "rfnet",
+        "plain": "plain",
+        "modality dropping": "drop (best other)",
+    }
+    rows = re.findall(
+        r"^\| (.*-like), (\d+) +\| (.*?) +\| +(.*?) +\| +(.*?) +\| +(.*?) +\|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(rows) == 4
+    for network, runs, other, *gains in rows:
+        (line,) = [each for each in lines if (each["network"], each["passion minus"]) == (names[network], names[other])]
+        assert gains == [line["all subsets"], line["rarest alone"], line["complete set"]]
+        assert runs == line["runs"]
