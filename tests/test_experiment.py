@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import passion_plugin
 from examples.backbones import UHeMISLike
 from examples.data import Cases, Cohort
 from examples.experiment import runner
@@ -306,6 +307,19 @@ class TestRuns:
         assert len(record["history"]) == 1
         assert len(record["history"][0]) == 1 + 2 * 3
         assert list(tmp_path.glob("models/*.pt"))
+
+    def test_the_commit_is_told_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def describe(command: list[str], **_: object) -> subprocess.CompletedProcess:
+            assert command[0] == "git"
+            return subprocess.CompletedProcess(command, 0, stdout="1a2b3c4-dirty\n")
+
+        def nothing(*_: object, **__: object) -> None:
+            raise FileNotFoundError("git")
+
+        monkeypatch.setattr(subprocess, "run", describe)
+        assert runner._package.__wrapped__() == f"{passion_plugin.__version__}+g1a2b3c4-dirty"
+        monkeypatch.setattr(subprocess, "run", nothing)
+        assert runner._package.__wrapped__() == passion_plugin.__version__
 
     def test_slow_weights_count_every_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         bursts = []

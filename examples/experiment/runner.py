@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -153,7 +154,7 @@ def train_cell(
             "parameters": recipe.parameters,
             "threads": torch.get_num_threads(),
             "device": device,
-            "package": __version__,
+            "package": _package(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -246,6 +247,17 @@ def run(
             tqdm.write(f"{cell.key}: {outcome}, {facts.get('training_seconds', 0):.0f} s")
     store.pack()
     return trained
+
+
+@functools.cache
+def _package() -> str:
+    """Version of this package, and in a clone the commit: ``"0.1.0+g1a2b3c4"``, with ``-dirty`` if it was changed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return f"{__version__}+g{found.stdout.strip()}"
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
