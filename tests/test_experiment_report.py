@@ -476,15 +476,21 @@ def test_held_out_patients_are_tested_once_per_repetition_and_drawn(tmp_path: Pa
     assert (tmp_path / "images" / "results_boxes_overlays.png").is_file()
 
 
+def committed(folder: Path) -> dict[str, Store]:
+    """The results of the repository by study, without cells of runs that are not packed yet."""
+    stores = {}
+    for study in RESULTS.glob("*/study.json"):
+        copy = folder / study.parent.name
+        copy.mkdir()
+        for path in (study, *study.parent.glob("*.csv*")):
+            (copy / path.name).symlink_to(path)
+        stores[copy.name] = Store(copy)
+    return stores
+
+
 def test_the_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
     page = ROOT / "docs" / "results.md"
-    for study in RESULTS.glob("*/study.json"):
-        # Of what is committed, without cells of runs that are not packed yet.
-        folder = tmp_path / study.parent.name
-        folder.mkdir()
-        for path in (study, *study.parent.glob("*.csv*")):
-            (folder / path.name).symlink_to(path)
-    stores = {path.parent.name: Store(path.parent) for path in tmp_path.glob("*/study.json")}
+    stores = committed(tmp_path)
     copy = tmp_path / "results.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "images").symlink_to(page.parent / "images")
@@ -493,9 +499,8 @@ def test_the_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
     assert set(stores) <= {name.split(" ")[0] for name in marked_blocks(page.read_text(encoding="utf-8"))}
 
 
-def test_the_readme_says_what_the_committed_results_say() -> None:
-    of = Comparison.read(Store(RESULTS / "sts"))
-    lines = lines_of(TABLES["gains"](of))
+def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
+    lines = lines_of(TABLES["gains"](Comparison.read(committed(tmp_path)["sts"])))
     names = {
         "U-HeMIS-like": "uhemis",
         "RFNet-like": "rfnet",
