@@ -117,7 +117,7 @@ PLOTS: Mapping[str, Callable[[Comparison, Path], None]] = {
 
 
 def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], path: Path) -> bool:
-    """The patients that lose and gain most with the focus, from the rarest modality alone and from all of them.
+    """The patients that gain least and most with the focus, from the rarest modality alone and from all of them.
 
     Patients are chosen by their gain on the rarest modality alone, mean over all trainings of the first network, among
     those tested in a fold whose weights are at hand; shown is one training.
@@ -145,7 +145,7 @@ def overlays(of: Comparison, store: Store, cohort_of: Callable[[int], Cohort], p
     changes = {patient: change for patient, change in patient_means(samples).items() if patient in folds}
     if not changes:
         return False
-    chosen = {"worst": min(changes, key=lambda p: changes[p]), "best": max(changes, key=lambda p: changes[p])}
+    chosen = {"least": min(changes, key=lambda p: changes[p]), "most": max(changes, key=lambda p: changes[p])}
     columns = ["image", "truth", of.baseline, of.focus]
     figure = new_figure(figsize=(2.1 * len(columns), 8.4))
     grid = figure.subplots(4, len(columns), squeeze=False)
