@@ -46,6 +46,9 @@ def pack(records: Sequence[Record], modalities: Sequence[str]) -> dict[str, byte
         if "rule" in record["run"]:
             strategies[key["strategy"]] = [record["run"][name] for name in _STRATEGY]
         metrics = list(dict.fromkeys(metric for _, _, _, metric, _, _ in record["scores"]))
+        # In one order of columns, whether scores come by metric, as evaluated, or by target, as unpacked.
+        targets = dict.fromkeys(target for _, _, target, _, _, _ in record["scores"])
+        columns = [f"{metric} {target}" for metric in metrics for target in targets]
         rows: dict[tuple[str, str, str], Record] = {}
         groups: dict[str, dict[str, list[float]]] = {}
         for subset, patient, target, metric, value, status in record["scores"]:
@@ -56,7 +59,7 @@ def pack(records: Sequence[Record], modalities: Sequence[str]) -> dict[str, byte
         for (subset, patient, target), row in rows.items():
             patients.append(key | {"subset": subset, "patient": patient, "target": target} | row)
         for subset, means in groups.items():
-            averaged = {name: f"{statistics.fmean(values):.4g}" for name, values in means.items() if values}
+            averaged = {name: f"{statistics.fmean(means[name]):.4g}" for name in columns if means.get(name)}
             cells.append(key | {"missing": record["run"]["missing"], "subset": subset} | averaged)
         for epoch, *values in record["history"]:
             names = [f"{what} {name}" for what in ("beta", "preference") for name in modalities]
