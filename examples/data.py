@@ -69,7 +69,7 @@ class Cohort:
 
 
 class Cases(Dataset[Item]):
-    """Patients read from files, kept in memory after the first access.
+    """Patients as items that a function makes, kept in memory after the first access.
 
     Args:
         ids: names, in order.

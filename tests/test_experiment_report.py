@@ -309,8 +309,8 @@ class TestTables:
         values = {"ct": [0.6, 0.7], "pet": [0.5, 0.5], "ct+pet": [0.7, 0.8]}
         network = [record(name, values, backbone="rfnet") for name in ("plain", "even")]
         of = Comparison.read(stored(tmp_path, record("drop", values), record("even", values), *network))
-        assert of.complete(("uhemis", 2)) == ["plain", "passion"]
-        assert of.complete(("rfnet", 2)) == ["plain", "even"]
+        assert of.fully_run(("uhemis", 2)) == ["plain", "passion"]
+        assert of.fully_run(("rfnet", 2)) == ["plain", "even"]
         subsets = lines_of(TABLES["subsets"](of))
         assert list(subsets[0])[2:5] == ["plain", "even", "passion"]
         assert [line["even"] for line in subsets if line["modalities"] == "ct"] == ["–", "65.0"]

@@ -93,7 +93,7 @@ class Comparison:
         candidates = [name for name, gain in found.items() if gain.runs == most and gain.units]
         return min(candidates, key=lambda name: found[name].mean, default=None)
 
-    def complete(self, group: tuple[str, int]) -> list[str]:
+    def fully_run(self, group: tuple[str, int]) -> list[str]:
         """The strategies that were run as often as any; levels of the others are those of other patients or seeds."""
         runs = Counter(cell.strategy for cell in self.cells if (cell.backbone, cell.batch_size) == group)
         return [name for name in self.strategies if runs[name] == max(runs.values())]

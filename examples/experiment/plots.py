@@ -59,7 +59,8 @@ def gain_by_rate(of: Comparison, path: Path) -> None:
 def heat_map(of: Comparison, path: Path) -> None:
     """Dice by subset and strategy, one panel for each network, of strategies that were run as often as any."""
     present = {
-        group: [name for name in of.complete(group) if of.scores().level(name, of.within(group))] for group in of.groups
+        group: [name for name in of.fully_run(group) if of.scores().level(name, of.within(group))]
+        for group in of.groups
     }
     # Where every training of a network failed there is nothing to show.
     present = {group: names for group, names in present.items() if names}

@@ -64,8 +64,8 @@ def subsets(of: Comparison) -> str:
 
     Strategies are those that were run as often as any. The best other is the one that the table ``gains`` marks.
     """
-    complete = {group: of.complete(group) for group in of.groups}
-    shown = [name for name in of.strategies if any(name in names for names in complete.values())]
+    fully_run = {group: of.fully_run(group) for group in of.groups}
+    shown = [name for name in of.strategies if any(name in names for names in fully_run.values())]
     header = ["network", "modalities", *shown, f"{of.focus} − {of.baseline}", f"{of.focus} − best other"]
     lines = []
     for group in of.groups:
@@ -75,7 +75,7 @@ def subsets(of: Comparison) -> str:
             chosen = of.within(group, lambda cell, name, target, subset=subset: name == subset)
             found[subset] = by_patient(of.scores().difference(of.focus, of.baseline, chosen))
             levels = [
-                _percent(by_patient(of.scores().level(name, chosen)).mean) if name in complete[group] else "–"
+                _percent(by_patient(of.scores().level(name, chosen)).mean) if name in fully_run[group] else "–"
                 for name in shown
             ]
             other = "–" if best is None else _points(by_patient(of.scores().difference(of.focus, best, chosen)))
@@ -127,7 +127,7 @@ def distance(of: Comparison) -> str:
     header += [f"minus {of.baseline}", "where both predict", f"one mask empty ({BRATS_PENALTY:.0f})"]
     lines = []
     for group in of.groups:
-        for name in of.complete(group):
+        for name in of.fully_run(group):
             level = by_patient(scores.level(name, of.within(group)))
             if not level.runs:
                 continue
