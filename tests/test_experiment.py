@@ -167,7 +167,10 @@ class TestRecipes:
             ("plain:temperature=2", "no hyper-parameter=value of plain"),
             ("ogm-ge:alpha=0", "alpha"),
             ("passion:own_loss=dice", "own_loss is True or False"),
-            ("passion-official:own_loss=True", "False in official mode"),
+            ("passion-official:own_loss=True", "own_loss goes with the default mode"),
+            ("passion-official:pixel=balanced", "pixel goes with the default mode"),
+            ("passion:pixel=blanced", "pixel must be one of"),
+            ("passion:teacher_decay=1", r"teacher_decay must be in \[0, 1\)"),
         ],
     )
     def test_mistakes_are_named(self, name: str, message: str) -> None:

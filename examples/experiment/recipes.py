@@ -6,7 +6,8 @@ Rules are those of :mod:`passion_plugin.strategies`. Drawings: ``all`` shows wha
 part of it, ``even`` every combination of modalities equally often. ``drop`` and ``even`` alone stand for
 ``plain@drop`` and ``plain@even``. ``+slow`` averages the weights over bursts of as many steps as there are
 combinations (:class:`~passion_plugin.strategies.SlowWeights`). ``own_loss=True`` beside PASSION trains its students
-with the loss of the whole network, in place of weighted cross-entropy and Dice.
+with the loss of the whole network, in place of weighted cross-entropy and Dice; ``pixel=balanced`` and the like are
+the ideas of :mod:`examples.experiment.ideas`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.views import DRAWINGS
 from passion_plugin import BackboneSpec, PassionConfig, PassionWrapper, PresenceTable
 from passion_plugin.errors import ConfigError, raise_problems, suggest
+from passion_plugin.objective import UnimodalLoss
 from passion_plugin.strategies import PassionRule, named_strategy, passion_variant, strategy_names
 
 __all__ = ["ALIASES", "Recipe", "parse_recipe"]
 
 ALIASES = {"drop": "plain@drop", "even": "plain@even"}
 _OWN_LOSS = "own_loss"
+_NOT_CONFIGURED = (_OWN_LOSS, *IDEAS)
+"""Hyper-parameters of PASSION that are no fields of its configuration."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Recipe:
         how: dict[str, Any] = {"strategy": rule}
         if isinstance(rule, PassionConfig):
             students = loss if self.parameters[_OWN_LOSS] else None
-            how = {"config": rule, "strategy": PassionRule(unimodal_loss=students)}
+            how = {"config": rule, "strategy": _passion(students, self.overrides)}
         return lambda backbone: PassionWrapper(
             backbone, modalities=presence.modalities, presence=presence, spec=spec, **how
         )
@@ -104,8 +109,12 @@ def parse_recipe(name: str) -> Recipe:
     parameters = {**parameters, **overrides}
     if isinstance(made, PassionConfig):
         parameters = {**made.as_dict(), _OWN_LOSS: parameters[_OWN_LOSS]}
-        if parameters[_OWN_LOSS] not in ((False,) if made.mode == "official" else (False, True)):
-            raise ConfigError(f"strategy {name!r}: {_OWN_LOSS} is True or False, and False in official mode")
+        parameters |= {key: value for key, value in overrides.items() if key in IDEAS}
+        if parameters[_OWN_LOSS] not in (False, True):
+            raise ConfigError(f"strategy {name!r}: {_OWN_LOSS} is True or False")
+        changed = [field for field in overrides if field in _NOT_CONFIGURED]
+        if made.mode == "official" and changed:
+            raise ConfigError(f"strategy {name!r}: {', '.join(changed)} goes with the default mode, not the official")
     return Recipe(rule, drawing, averaging == "slow", parameters, overrides)
 
 
@@ -113,7 +122,7 @@ def _defaults(rule: str) -> dict[str, Any]:
     """Hyper-parameters that a rule takes, with their defaults."""
     made = named_strategy(rule)
     if isinstance(made, PassionConfig):
-        return {**made.as_dict(), _OWN_LOSS: False}
+        return {**made.as_dict(), _OWN_LOSS: False, **IDEAS}
     # object.__init__ takes *args and **kwargs: a rule without hyper-parameters.
     found = inspect.signature(type(made)).parameters.values()
     return {each.name: each.default for each in found if each.default is not each.empty}
@@ -123,9 +132,16 @@ def _make(rule: str, overrides: dict[str, Any]) -> Any:
     """A rule, or the configuration of PASSION, with some hyper-parameters changed; one for each model."""
     made = named_strategy(rule)
     if isinstance(made, PassionConfig):
-        configured = {key: value for key, value in overrides.items() if key != _OWN_LOSS}
+        _passion(None, overrides)  # refuses what makes no sense
+        configured = {key: value for key, value in overrides.items() if key not in _NOT_CONFIGURED}
         return passion_variant(rule, PassionConfig(**configured))
     return type(made)(**overrides)
+
+
+def _passion(students: UnimodalLoss | None, overrides: dict[str, Any]) -> PassionRule:
+    """PASSION with the loss of its students, and with the ideas among the hyper-parameters given."""
+    ideas = {key: value for key, value in overrides.items() if key in IDEAS}
+    return PassionVariation(students, **ideas) if ideas else PassionRule(students)
 
 
 def _value(text: str) -> Any:

@@ -37,6 +37,7 @@ class TrainingStep:
 
     Attributes:
         bound: the backbone.
+        call: its arguments, for a strategy that runs it again.
         raw: what the backbone returned.
         teacher: the fused prediction, without gradient.
         version: of the teacher's logits, to notice an in-place change by the user.
@@ -50,6 +51,7 @@ class TrainingStep:
     """
 
     bound: BoundBackbone
+    call: BackboneCall
     raw: Any
     teacher: Prediction
     version: int
@@ -139,6 +141,7 @@ class TrainingStep:
         ]
         return cls(
             bound=bound,
+            call=fused.call,
             raw=fused.raw,
             teacher=fused.prediction.detached(),
             version=logits._version,

@@ -109,7 +109,7 @@ class PassionRule(Strategy):
 
     def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """Return the objective, and count the distances for the end of the epoch."""
-        terms = step.terms(labels, self.config, self.preference, self.unimodal_loss)
+        terms = self.terms(step, labels)
         beta = self.preference.beta.to(terms.pixel.device)
         rarity = self.rarity.weights if self.config.rarity_weights else (1.0,) * len(self.modalities)
         loss = passion_objective(terms, rarity, beta, self.config, warming_up=self.warming_up)
@@ -118,6 +118,15 @@ class PassionRule(Strategy):
         self._terms = terms.detached()
         self._remind_of_epochs()
         return loss
+
+    def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
+        """Return the terms of a step before any weight: what a variation of the method overrides.
+
+        Args:
+            step: as for :meth:`loss`.
+            labels: as for :meth:`loss`.
+        """
+        return step.terms(labels, self.config, self.preference, self.unimodal_loss)
 
     def standing_factors(self) -> dict[str, Tensor]:
         """Return beta where ``modulation="encoder"`` puts it on encoders; it only changes with the epoch."""

@@ -1,0 +1,252 @@
+"""Variations of PASSION that experiments judge; those that do not help stay out of the library.
+
+Each is a rule like any other: :class:`~passion_plugin.strategies.PassionRule` with one part changed. Their
+equations stand below, what came of them in docs/results.md. In the name of a strategy an idea is written like a
+hyper-parameter: ``passion:pixel=balanced``, ``passion:teacher_decay=0.99``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from passion_plugin import PassionConfig
+from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.losses._common import class_masks
+from passion_plugin.objective import LossTerms, UnimodalLoss
+from passion_plugin.passes import Prediction, fused_pass
+from passion_plugin.plain_values import is_number, is_one_of
+from passion_plugin.rarity import Rarity
+from passion_plugin.step import TrainingStep
+from passion_plugin.strategies import PassionRule
+from passion_plugin.targets import resize_labels
+
+__all__ = [
+    "IDEAS",
+    "PassionVariation",
+    "balanced_divergence",
+    "gated_gaps",
+    "similarity_maps",
+    "trusted_divergence",
+]
+
+Pixel = Literal["mean", "balanced", "trusted"]
+GateBy = Literal["modality", "class", "voxel"]
+
+
+class PassionVariation(PassionRule):
+    r"""PASSION with some of its parts exchanged, in default mode and with softmax outputs.
+
+    With :math:`\delta_{bmv}` the divergence of student m from its teacher at one voxel, summed over classes, and
+    :math:`g_{bmkv} = S^m_{bkv} - S^t_{bkv}` the gap between their similarity maps:
+
+    * ``pixel="balanced"``: :math:`K_{bm} = \frac{T^2}{K} \operatorname{mean}_k \frac1{n_{bk}} \sum_{v: y_{bv} = k}
+      \delta_{bmv}`, the mean over the classes of the sample, so that the background is one class among others.
+    * ``pixel="trusted"``: :math:`K_{bm} = \frac{T^2}{K V} \sum_v \mathbf 1[p^t_{b y v} > p^m_{b y v}]\, \delta_{bmv}`:
+      only where the teacher gives more probability to the true class y than the student does.
+    * ``gate_by="class"``: :math:`P_{bm} = \operatorname{mean}_k \omega_{bmk} \operatorname{mean}_v g_{bmkv}^2` with
+      :math:`\omega_{bmk} = \mathbf 1[D_{bmk} > \bar D_{bk}]`, :math:`D_{bmk} = \operatorname{mean}_v |g_{bmkv}|` and
+      :math:`\bar D_{bk}` its mean over the modalities of the sample.
+    * ``gate_by="voxel"``: the same with :math:`\omega_{bmv}` from :math:`D_{bmv} = \operatorname{mean}_k |g_{bmkv}|`.
+    * ``rarity_cap=c``: :math:`w_m = \min(N / N_m, c)`.
+    * ``teacher_decay=d``: the teacher is the network with averaged weights, :math:`\bar\theta_i = d_i \bar\theta_{i-1}
+      + (1 - d_i)\, \theta_i` at step i, :math:`d_i = \min(d, (1 + i) / (10 + i))` (Tarvainen and Valpola, NeurIPS
+      2017, arXiv:1703.01780), on the same batch. They are no part of the state: for trainings in one go.
+
+    The preference, its distances and beta are those of the library.
+
+    Args:
+        unimodal_loss: see :class:`~passion_plugin.strategies.PassionRule`.
+        pixel: how divergences of voxels become one number; ``"mean"`` is that of the library.
+        gate_by: what the prototype distillation is switched for; ``"modality"`` is that of the library.
+        rarity_cap: 1 or more; None: none.
+        teacher_decay: in [0, 1); None: the teacher is the prediction that is trained.
+
+    Raises:
+        ConfigError: listing every value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        unimodal_loss: UnimodalLoss | None = None,
+        *,
+        pixel: Pixel = "mean",
+        gate_by: GateBy = "modality",
+        rarity_cap: float | None = None,
+        teacher_decay: float | None = None,
+    ) -> None:
+        super().__init__(unimodal_loss)
+        problems = [
+            f"{name} must be one of {choices}, got {value!r}"
+            for name, value, choices in (("pixel", pixel, get_args(Pixel)), ("gate_by", gate_by, get_args(GateBy)))
+            if not is_one_of(value, choices)
+        ]
+        if rarity_cap is not None and not is_number(rarity_cap, least=1):
+            problems.append(f"rarity_cap must be 1 or more, or None, got {rarity_cap!r}")
+        if teacher_decay is not None and not (is_number(teacher_decay, least=0, most=1) and teacher_decay < 1):
+            problems.append(f"teacher_decay must be in [0, 1), or None, got {teacher_decay!r}")
+        raise_problems(problems, what=type(self).__name__)
+        self.pixel, self.gate_by, self.rarity_cap, self.teacher_decay = pixel, gate_by, rarity_cap, teacher_decay
+        self._average: list[Tensor] = []
+        self._steps = 0
+
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
+        """Get ready for one model, with no rarity weight above the cap."""
+        if config.mode == "official":
+            raise ConfigError("the official mode is the published code, which has no variations: use mode='default'")
+        if self.rarity_cap is not None:
+            rarity = replace(rarity, weights=tuple(min(weight, self.rarity_cap) for weight in rarity.weights))
+        super().prepare(modalities, config, rarity)
+
+    def check(self, bound: BoundBackbone) -> None:
+        """Check that the backbone has classes that exclude each other."""
+        if bound.spec.outputs != "softmax":
+            raise ConfigError(f"variations are for softmax outputs, and the backbone has {bound.spec.outputs!r}")
+        super().check(bound)
+
+    def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
+        """Compare students with their teacher, each part as it was chosen."""
+        if self.teacher_decay is not None:
+            step = replace(step, teacher=self._averaged_teacher(step))
+        terms = super().terms(step, labels)
+        if self.pixel != "mean":
+            terms = replace(terms, pixel=self._pixel(step, labels))
+        if self.gate_by != "modality":
+            # The gate is inside of the term: that of the library stays open.
+            terms = replace(terms, prototype=self._prototype(step, labels), gate=terms.active)
+        return terms
+
+    def _pixel(self, step: TrainingStep, labels: Tensor) -> Tensor:
+        """K (B, M)."""
+        divergence = {"balanced": balanced_divergence, "trusted": trusted_divergence}[self.pixel]
+        logits = step.teacher.logits
+        labels = resize_labels(labels, tuple(logits.shape[2:]))
+        result = logits.new_zeros(step.presence.shape)
+        for student in step.students:
+            rows = student.rows.to(logits.device)
+            values = divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
+            result = result.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), values)
+        return result
+
+    def _prototype(self, step: TrainingStep, labels: Tensor) -> Tensor:
+        """P (B, M), gated."""
+        features, classes = step.teacher.features, step.teacher.logits.shape[1]
+        labels = resize_labels(labels, tuple(features.shape[2:]))
+        masks = class_masks(labels, classes, features.ndim)
+        maps = similarity_maps(features, masks)
+        gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
+        for student in step.students:
+            rows = student.rows.to(features.device)
+            gap = similarity_maps(student.prediction.features, masks[rows]) - maps[rows]
+            gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
+        return gated_gaps(gaps, step.active.to(gaps.device), masks.any(-1), by_class=self.gate_by == "class")
+
+    @torch.no_grad()
+    def _averaged_teacher(self, step: TrainingStep) -> Prediction:
+        """The prediction of the averaged weights, which move by one step first."""
+        weights = list(step.bound.backbone.parameters())
+        if not self._average:
+            self._average = [weight.detach().clone() for weight in weights]
+        self._steps += 1
+        decay = min(float(self.teacher_decay or 0), (1 + self._steps) / (10 + self._steps))
+        for average, weight in zip(self._average, weights, strict=True):
+            average.lerp_(weight, 1 - decay)
+        with _exchanged(weights, self._average):
+            return fused_pass(step.bound, step.call, step.presence).prediction
+
+
+IDEAS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PassionVariation).parameters.items()
+    if name != "unimodal_loss"
+}
+"""Names of the ideas, with the values that leave PASSION as it is."""
+
+
+def voxel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Divergence of the student (n, K, *spatial) from the teacher at each voxel, summed over classes: (n, V)."""
+    log_s, log_t = ((logits.flatten(2) / temperature).log_softmax(1) for logits in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
+
+
+def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Mean over the classes of a sample of the mean over its voxels, (n,).
+
+    Args:
+        student: logits (n, K, *spatial).
+        teacher: logits of the same shape, without gradient.
+        labels: (n, *spatial), class numbers.
+        temperature: T.
+    """
+    classes = student.shape[1]
+    masks = F.one_hot(labels.flatten(1), classes).to(student.dtype)
+    sizes = masks.sum(1)
+    means = torch.einsum("nv,nvk->nk", voxel_divergence(student, teacher, temperature), masks) / sizes.clamp(min=1)
+    return temperature**2 / classes * means.sum(1) / (sizes > 0).sum(1)
+
+
+def trusted_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Mean over the voxels of a sample, (n,), of the divergence where the teacher is nearer to the truth.
+
+    Args:
+        student: logits (n, K, *spatial).
+        teacher: logits of the same shape, without gradient.
+        labels: (n, *spatial), class numbers.
+        temperature: T.
+    """
+    truth = labels.flatten(1).unsqueeze(1)
+    ours, theirs = (logits.detach().flatten(2).softmax(1).gather(1, truth)[:, 0] for logits in (student, teacher))
+    divergence = voxel_divergence(student, teacher, temperature)
+    return temperature**2 / student.shape[1] * torch.where(theirs > ours, divergence, 0).mean(1)
+
+
+def similarity_maps(features: Tensor, masks: Tensor, eps: float = 1e-5) -> Tensor:
+    """Cosine (n, K, V) of the feature of every voxel with the prototype of every class.
+
+    Args:
+        features: (n, C, *spatial).
+        masks: bool (n, K, V), the voxels of each class.
+        eps: smallest norm.
+    """
+    features = features.flatten(2)
+    members = masks.to(features.dtype)
+    prototypes = torch.einsum("ncv,nkv->nkc", features, members) / (members.sum(-1, keepdim=True) + eps)
+    return torch.einsum("nkc,ncv->nkv", F.normalize(prototypes, dim=2, eps=eps), F.normalize(features, dim=1, eps=eps))
+
+
+def gated_gaps(gaps: Tensor, active: Tensor, counted: Tensor, *, by_class: bool) -> Tensor:
+    """Mean squared gap (B, M) of what lags behind the other modalities of its sample.
+
+    Args:
+        gaps: (B, M, K, V), 0 where there is no student.
+        active: bool (B, M), where there is one.
+        counted: bool (B, K), classes that the sample has.
+        by_class: gates by class, each over all voxels; False: by voxel, each for all classes.
+    """
+    counts = counted[:, None, :, None]
+    size = counts.sum((2, 3), keepdim=True) * gaps.shape[-1]
+    squares, distances = (torch.where(counts, value, 0) for value in (gaps.square(), gaps.detach().abs()))
+    distances = distances.sum(3 if by_class else 2, keepdim=True)
+    mean = distances.sum(1, keepdim=True) / active.sum(1).clamp(min=1)[:, None, None, None]
+    return (torch.where(distances > mean, squares, 0) / size).sum((2, 3))
+
+
+@contextmanager
+def _exchanged(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+    """Compute with other values in the same parameters; a graph that was built before does not notice."""
+    own = [weight.data for weight in weights]
+    try:
+        for weight, other in zip(weights, others, strict=True):
+            weight.data = other
+        yield
+    finally:
+        for weight, value in zip(weights, own, strict=True):
+            weight.data = value
