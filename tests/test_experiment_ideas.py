@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ from examples.experiment.ideas import (
     trusted_divergence,
 )
 from examples.experiment.recipes import parse_recipe
+from examples.training import entropy_and_batch_dice
 from models import NAMES, MeanNet, batch, spec_of
 from passion_plugin import ConfigError, PassionConfig, PassionWrapper
-from passion_plugin.losses import pixel_distillation, prototype_distillation
+from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
 from passion_plugin.losses._common import class_masks
 from passion_plugin.objective import LossTerms
 
@@ -144,6 +147,49 @@ class TestGates:
         torch.testing.assert_close(squares, prototype_distillation(student, teacher, labels, 3)[0])
 
 
+def test_a_pooled_loss_is_that_of_all_students_together() -> None:
+    seen = []
+
+    def own(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return entropy_and_batch_dice(logits, labels)
+
+    model = wrap(net(), unimodal_loss=own, pooled=True)
+    found = terms(model)
+    _, _, y = batch(PRESENCE, dtype=torch.float64)
+    # By modality first, as without it; then all of them: two students of the first modality, two, and one.
+    assert torch.equal(seen[-1], y[[0, 1, 0, 1, 1]])
+    assert len(found.unimodal[found.active].unique()) == 1
+    assert not found.unimodal[~found.active].any()
+
+
+class TestPartialStudents:
+    def test_complete_samples_have_one_more_of_two_modalities(self) -> None:
+        rule = wrap(net(), partial=True).passion.strategy
+        presence = torch.tensor(PRESENCE, dtype=torch.bool)
+        seen = set()
+        for _ in range(30):
+            *alone, several = rule.segments(presence)
+            assert [segment.modalities for segment in alone] == [(name,) for name in M]
+            assert several.rows.tolist() == [1]
+            seen.add(several.modalities)
+        assert seen == set(itertools.combinations(M, 2))
+
+    def test_its_terms_are_added_without_a_weight_of_rarity(self) -> None:
+        network, config = net(), PassionConfig(pixel_weight=0.0, prototype_weight=0.0, unimodal_weight=2.0)
+        x, mask, y = batch(PRESENCE, dtype=torch.float64)
+        losses = []
+        for partial in (False, True):
+            model = wrap(network, config, partial=partial)
+            model(x, mask)
+            losses.append(model.passion_loss(y))
+            model.unwrap()
+        part = random.Random(0).choice(list(itertools.combinations(M, 2)))
+        seen = mask[[1]] & torch.tensor([[name in part for name in M]])
+        wanted = 2 * segmentation_loss(network(x[[1]], seen), y[[1]]).sum() / 3
+        torch.testing.assert_close(losses[1] - losses[0], wanted)
+
+
 def test_no_rarity_weight_is_above_the_cap() -> None:
     assert wrap(net(), rarity_cap=2).passion.strategy.rarity.weights == (1.25, 2.0, 2.0)
     assert wrap(net()).passion.strategy.rarity.weights == (1.25, 2.0, 4.0)
@@ -196,6 +242,8 @@ class TestChoice:
             ({"pixel": "median"}, "pixel must be one of"),
             ({"gate_by": "slice"}, "gate_by must be one of"),
             ({"rarity_cap": 0.5}, "rarity_cap must be 1 or more"),
+            ({"pooled": 1}, "pooled must be True or False"),
+            ({"partial": "yes"}, "partial must be True or False"),
             ({"teacher_decay": 1.0}, r"teacher_decay must be in \[0, 1\)"),
             ({"teacher_decay": math.nan}, "teacher_decay must be in"),
         ],

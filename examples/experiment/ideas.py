@@ -8,6 +8,8 @@ hyper-parameter: ``passion:pixel=balanced``, ``passion:teacher_decay=0.99``.
 from __future__ import annotations
 
 import inspect
+import itertools
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,12 +23,13 @@ from passion_plugin import PassionConfig
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.losses._common import class_masks
-from passion_plugin.objective import LossTerms, UnimodalLoss
+from passion_plugin.objective import LossTerms, UnimodalLoss, distillation_terms, unimodal_loss
 from passion_plugin.passes import Prediction, fused_pass
 from passion_plugin.plain_values import is_number, is_one_of
 from passion_plugin.rarity import Rarity
 from passion_plugin.step import TrainingStep
 from passion_plugin.strategies import PassionRule
+from passion_plugin.taps import Segment
 from passion_plugin.targets import resize_labels
 
 __all__ = [
@@ -56,6 +59,10 @@ class PassionVariation(PassionRule):
       :math:`\omega_{bmk} = \mathbf 1[D_{bmk} > \bar D_{bk}]`, :math:`D_{bmk} = \operatorname{mean}_v |g_{bmkv}|` and
       :math:`\bar D_{bk}` its mean over the modalities of the sample.
     * ``gate_by="voxel"``: the same with :math:`\omega_{bmv}` from :math:`D_{bmv} = \operatorname{mean}_k |g_{bmkv}|`.
+    * ``pooled=True``: the students of a batch share one loss :math:`S` of all their samples together, which
+      stands for every :math:`S_{bm}`: a Dice over the batch is then one of all students and not of one or two samples.
+    * ``partial=True``: a sample of three modalities or more has one student more, which sees a random part of at least
+      two of them. Its :math:`\lambda_{pix} K + \lambda_{proto} P + u\, S` has no weight of rarity or preference.
     * ``rarity_cap=c``: :math:`w_m = \min(N / N_m, c)`.
     * ``teacher_decay=d``: the teacher is the network with averaged weights, :math:`\bar\theta_i = d_i \bar\theta_{i-1}
       + (1 - d_i)\, \theta_i` at step i, :math:`d_i = \min(d, (1 + i) / (10 + i))` (Tarvainen and Valpola, NeurIPS
@@ -67,6 +74,8 @@ class PassionVariation(PassionRule):
         unimodal_loss: see :class:`~passion_plugin.strategies.PassionRule`.
         pixel: how divergences of voxels become one number; ``"mean"`` is that of the library.
         gate_by: what the prototype distillation is switched for; ``"modality"`` is that of the library.
+        pooled: whether students share one loss.
+        partial: whether there are students of several modalities.
         rarity_cap: 1 or more; None: none.
         teacher_decay: in [0, 1); None: the teacher is the prediction that is trained.
 
@@ -80,6 +89,8 @@ class PassionVariation(PassionRule):
         *,
         pixel: Pixel = "mean",
         gate_by: GateBy = "modality",
+        pooled: bool = False,
+        partial: bool = False,
         rarity_cap: float | None = None,
         teacher_decay: float | None = None,
     ) -> None:
@@ -89,12 +100,17 @@ class PassionVariation(PassionRule):
             for name, value, choices in (("pixel", pixel, get_args(Pixel)), ("gate_by", gate_by, get_args(GateBy)))
             if not is_one_of(value, choices)
         ]
+        for name, value in (("pooled", pooled), ("partial", partial)):
+            if not isinstance(value, bool):
+                problems.append(f"{name} must be True or False, got {value!r}")
         if rarity_cap is not None and not is_number(rarity_cap, least=1):
             problems.append(f"rarity_cap must be 1 or more, or None, got {rarity_cap!r}")
         if teacher_decay is not None and not (is_number(teacher_decay, least=0, most=1) and teacher_decay < 1):
             problems.append(f"teacher_decay must be in [0, 1), or None, got {teacher_decay!r}")
         raise_problems(problems, what=type(self).__name__)
-        self.pixel, self.gate_by, self.rarity_cap, self.teacher_decay = pixel, gate_by, rarity_cap, teacher_decay
+        self.pixel, self.gate_by, self.pooled = pixel, gate_by, pooled
+        self.partial, self.rarity_cap, self.teacher_decay = partial, rarity_cap, teacher_decay
+        self._random = random.Random(0)
         self._average: list[Tensor] = []
         self._steps = 0
 
@@ -112,13 +128,39 @@ class PassionVariation(PassionRule):
             raise ConfigError(f"variations are for softmax outputs, and the backbone has {bound.spec.outputs!r}")
         super().check(bound)
 
-    def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
-        """Compare students with their teacher, each part as it was chosen."""
+    def segments(self, presence: Tensor) -> list[Segment]:
+        """Every modality alone, and where asked for a random part of each sample that has three or more."""
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for row, present in enumerate(presence.tolist() if self.partial else []):
+            names = tuple(itertools.compress(self.modalities, present))
+            if len(names) > 2:
+                parts = [part for size in range(2, len(names)) for part in itertools.combinations(names, size)]
+                rows.setdefault(self._random.choice(parts), []).append(row)
+        return super().segments(presence) + [Segment(names, torch.tensor(found)) for names, found in rows.items()]
+
+    def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
+        """Return the objective, with the terms of students of several modalities."""
         if self.teacher_decay is not None:
             step = replace(step, teacher=self._averaged_teacher(step))
+        several = [student for student in step.students if len(student.modalities) > 1]
+        alone = [student for student in step.students if len(student.modalities) == 1]
+        loss, config = super().loss(replace(step, students=alone), labels), self.config
+        for student in several:
+            rows = student.rows.to(labels.device)
+            teacher, target = step.teacher.rows(rows), labels[rows]
+            pixel, prototype, _ = distillation_terms(student.prediction, teacher, target, config, "softmax")
+            own = unimodal_loss(student.prediction.logits, target, config, "softmax", self.unimodal_loss)
+            total = config.pixel_weight * pixel + config.prototype_weight * prototype + config.unimodal_weight * own
+            loss = loss + total.sum() / len(step.presence)
+        return loss
+
+    def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
+        """Compare students with their teacher, each part as it was chosen."""
         terms = super().terms(step, labels)
         if self.pixel != "mean":
             terms = replace(terms, pixel=self._pixel(step, labels))
+        if self.pooled and step.students:
+            terms = replace(terms, unimodal=torch.where(terms.active, self._pooled_loss(step, labels), 0))
         if self.gate_by != "modality":
             # The gate is inside of the term: that of the library stays open.
             terms = replace(terms, prototype=self._prototype(step, labels), gate=terms.active)
@@ -135,6 +177,12 @@ class PassionVariation(PassionRule):
             values = divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
             result = result.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), values)
         return result
+
+    def _pooled_loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
+        """S, a scalar."""
+        logits = torch.cat([student.prediction.logits for student in step.students])
+        rows = torch.cat([student.rows for student in step.students]).to(labels.device)
+        return unimodal_loss(logits, labels[rows], self.config, "softmax", self.unimodal_loss).mean()
 
     def _prototype(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """P (B, M), gated."""
