@@ -163,6 +163,19 @@ def test_a_pooled_loss_is_that_of_all_students_together() -> None:
     assert not found.unimodal[~found.active].any()
 
 
+def test_a_lone_sample_has_the_segmentation_loss_of_its_only_prediction() -> None:
+    network = net()
+    found, plain = terms(wrap(network, lone=True)), terms(wrap(network))
+    x, mask, y = batch(PRESENCE, dtype=torch.float64)
+    torch.testing.assert_close(found.unimodal[2, 2], segmentation_loss(network(x, mask), y)[2])
+    assert plain.unimodal[2, 2] == 0
+    assert torch.equal(found.supervised, mask)
+    for name in ("pixel", "prototype", "distance"):
+        torch.testing.assert_close(getattr(found, name), getattr(plain, name))
+        assert getattr(found, name)[2, 2] == 0, name
+    torch.testing.assert_close(found.unimodal[:2], plain.unimodal[:2])
+
+
 class TestPartialStudents:
     def test_complete_samples_have_one_more_of_two_modalities(self) -> None:
         rule = wrap(net(), partial=True).passion.strategy
@@ -243,6 +256,7 @@ class TestChoice:
             ({"gate_by": "slice"}, "gate_by must be one of"),
             ({"rarity_cap": 0.5}, "rarity_cap must be 1 or more"),
             ({"pooled": 1}, "pooled must be True or False"),
+            ({"lone": 0}, "lone must be True or False"),
             ({"partial": "yes"}, "partial must be True or False"),
             ({"teacher_decay": 1.0}, r"teacher_decay must be in \[0, 1\)"),
             ({"teacher_decay": math.nan}, "teacher_decay must be in"),

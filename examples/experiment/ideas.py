@@ -61,6 +61,8 @@ class PassionVariation(PassionRule):
     * ``gate_by="voxel"``: the same with :math:`\omega_{bmv}` from :math:`D_{bmv} = \operatorname{mean}_k |g_{bmkv}|`.
     * ``pooled=True``: the students of a batch share one loss :math:`S` of all their samples together, which
       stands for every :math:`S_{bm}`: a Dice over the batch is then one of all students and not of one or two samples.
+    * ``lone=True``: a sample of one modality, which has no student, has the loss :math:`w_m u\, S_{bm}` of its only
+      prediction all the same. Otherwise it counts 1 where a sample of several counts :math:`1 + u \sum_m w_m`.
     * ``partial=True``: a sample of three modalities or more has one student more, which sees a random part of at least
       two of them. Its :math:`\lambda_{pix} K + \lambda_{proto} P + u\, S` has no weight of rarity or preference.
     * ``rarity_cap=c``: :math:`w_m = \min(N / N_m, c)`.
@@ -75,6 +77,7 @@ class PassionVariation(PassionRule):
         pixel: how divergences of voxels become one number; ``"mean"`` is that of the library.
         gate_by: what the prototype distillation is switched for; ``"modality"`` is that of the library.
         pooled: whether students share one loss.
+        lone: whether samples of one modality have the uni-modal segmentation loss.
         partial: whether there are students of several modalities.
         rarity_cap: 1 or more; None: none.
         teacher_decay: in [0, 1); None: the teacher is the prediction that is trained.
@@ -90,6 +93,7 @@ class PassionVariation(PassionRule):
         pixel: Pixel = "mean",
         gate_by: GateBy = "modality",
         pooled: bool = False,
+        lone: bool = False,
         partial: bool = False,
         rarity_cap: float | None = None,
         teacher_decay: float | None = None,
@@ -100,7 +104,7 @@ class PassionVariation(PassionRule):
             for name, value, choices in (("pixel", pixel, get_args(Pixel)), ("gate_by", gate_by, get_args(GateBy)))
             if not is_one_of(value, choices)
         ]
-        for name, value in (("pooled", pooled), ("partial", partial)):
+        for name, value in (("pooled", pooled), ("lone", lone), ("partial", partial)):
             if not isinstance(value, bool):
                 problems.append(f"{name} must be True or False, got {value!r}")
         if rarity_cap is not None and not is_number(rarity_cap, least=1):
@@ -108,7 +112,7 @@ class PassionVariation(PassionRule):
         if teacher_decay is not None and not (is_number(teacher_decay, least=0, most=1) and teacher_decay < 1):
             problems.append(f"teacher_decay must be in [0, 1), or None, got {teacher_decay!r}")
         raise_problems(problems, what=type(self).__name__)
-        self.pixel, self.gate_by, self.pooled = pixel, gate_by, pooled
+        self.pixel, self.gate_by, self.pooled, self.lone = pixel, gate_by, pooled, lone
         self.partial, self.rarity_cap, self.teacher_decay = partial, rarity_cap, teacher_decay
         self._random = random.Random(0)
         self._average: list[Tensor] = []
@@ -136,7 +140,8 @@ class PassionVariation(PassionRule):
             if len(names) > 2:
                 parts = [part for size in range(2, len(names)) for part in itertools.combinations(names, size)]
                 rows.setdefault(self._random.choice(parts), []).append(row)
-        return super().segments(presence) + [Segment(names, torch.tensor(found)) for names, found in rows.items()]
+        alone = Segment.singles(self.modalities, presence) if self.lone else super().segments(presence)
+        return alone + [Segment(names, torch.tensor(found)) for names, found in rows.items()]
 
     def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """Return the objective, with the terms of students of several modalities."""
@@ -157,10 +162,15 @@ class PassionVariation(PassionRule):
     def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
         """Compare students with their teacher, each part as it was chosen."""
         terms = super().terms(step, labels)
+        if self.lone:
+            # Its own teacher: whatever is not zero there is rounding, and no observation.
+            where = terms.active
+            kept = {name: torch.where(where, getattr(terms, name), 0) for name in ("pixel", "prototype", "distance")}
+            terms = replace(terms, **kept, supervised=step.presence.to(where.device))
         if self.pixel != "mean":
             terms = replace(terms, pixel=self._pixel(step, labels))
         if self.pooled and step.students:
-            terms = replace(terms, unimodal=torch.where(terms.active, self._pooled_loss(step, labels), 0))
+            terms = replace(terms, unimodal=torch.where(terms.supervised, self._pooled_loss(step, labels), 0))
         if self.gate_by != "modality":
             # The gate is inside of the term: that of the library stays open.
             terms = replace(terms, prototype=self._prototype(step, labels), gate=terms.active)
