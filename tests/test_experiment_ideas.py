@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 from typing import Any
 
 import pytest
@@ -176,33 +174,6 @@ def test_a_lone_sample_has_the_segmentation_loss_of_its_only_prediction() -> Non
     torch.testing.assert_close(found.unimodal[:2], plain.unimodal[:2])
 
 
-class TestPartialStudents:
-    def test_complete_samples_have_one_more_of_two_modalities(self) -> None:
-        rule = wrap(net(), partial=True).passion.strategy
-        presence = torch.tensor(PRESENCE, dtype=torch.bool)
-        seen = set()
-        for _ in range(30):
-            *alone, several = rule.segments(presence)
-            assert [segment.modalities for segment in alone] == [(name,) for name in M]
-            assert several.rows.tolist() == [1]
-            seen.add(several.modalities)
-        assert seen == set(itertools.combinations(M, 2))
-
-    def test_its_terms_are_added_without_a_weight_of_rarity(self) -> None:
-        network, config = net(), PassionConfig(pixel_weight=0.0, prototype_weight=0.0, unimodal_weight=2.0)
-        x, mask, y = batch(PRESENCE, dtype=torch.float64)
-        losses = []
-        for partial in (False, True):
-            model = wrap(network, config, partial=partial)
-            model(x, mask)
-            losses.append(model.passion_loss(y))
-            model.unwrap()
-        part = random.Random(0).choice(list(itertools.combinations(M, 2)))
-        seen = mask[[1]] & torch.tensor([[name in part for name in M]])
-        wanted = 2 * segmentation_loss(network(x[[1]], seen), y[[1]]).sum() / 3
-        torch.testing.assert_close(losses[1] - losses[0], wanted)
-
-
 def test_no_rarity_weight_is_above_the_cap() -> None:
     assert wrap(net(), rarity_cap=2).passion.strategy.rarity.weights == (1.25, 2.0, 2.0)
     assert wrap(net()).passion.strategy.rarity.weights == (1.25, 2.0, 4.0)
@@ -257,7 +228,6 @@ class TestChoice:
             ({"rarity_cap": 0.5}, "rarity_cap must be 1 or more"),
             ({"pooled": 1}, "pooled must be True or False"),
             ({"lone": 0}, "lone must be True or False"),
-            ({"partial": "yes"}, "partial must be True or False"),
             ({"teacher_decay": 1.0}, r"teacher_decay must be in \[0, 1\)"),
             ({"teacher_decay": math.nan}, "teacher_decay must be in"),
         ],

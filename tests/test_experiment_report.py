@@ -321,6 +321,26 @@ class TestTables:
             ("rfnet", "even"),
         }
 
+    def test_variations_have_a_table_of_their_own_and_are_elsewhere_where_run_as_often_as_any(
+        self, tmp_path: Path
+    ) -> None:
+        same = [each for each in records() if each["cell"]["strategy"] == "passion"]
+        same = [{**each, "cell": {**each["cell"], "strategy": "passion:eta=0"}} for each in same]
+        # Of two patients one gains 10 points with PET alone, the rarest, and both 10 with everything.
+        once = record("passion@drop", {"ct": [0.5, 0.6], "pet": [0.6, 0.4], "ct+pet": [0.7, 0.7]})
+        of = Comparison.read(stored(tmp_path, *same, once, record("passion-both", {"ct": [0.6, 0.7]})))
+        often, seldom = lines_of(TABLES["variations"](of))
+        assert often == {"passion with": "passion:eta=0", "runs": "3"} | often
+        assert [often[name] for name in ("all subsets", "rarest alone", "complete set")] == ["+0.0"] * 3
+        assert seldom == {"passion with": "passion@drop", "runs": "1"} | seldom
+        assert [seldom[name] for name in ("all subsets", "rarest alone", "complete set")] == ["+5.0", "+5.0", "+10.0"]
+        for table in ("summary", "gains"):
+            text = TABLES[table](of)
+            assert "passion:eta=0" in text, table
+            assert "passion-both" in text, table
+            assert "passion@drop" not in text, table
+        assert TABLES["variations"](Comparison.read(stored(tmp_path / "none"))).startswith("No variation of passion")
+
     def test_distances_are_also_compared_where_neither_mask_is_empty(self, tmp_path: Path) -> None:
         changed = records()
         for row in changed[0]["scores"]:

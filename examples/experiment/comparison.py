@@ -98,6 +98,17 @@ class Comparison:
         runs = Counter(cell.strategy for cell in self.cells if (cell.backbone, cell.batch_size) == group)
         return [name for name in self.strategies if runs[name] == max(runs.values())]
 
+    @property
+    def variations(self) -> list[str]:
+        """Strategies of the same rule as the focus, with other hyper-parameters or another drawing."""
+        rule = parse_recipe(self.focus).rule
+        return [name for name in self.others if parse_recipe(name).rule == rule]
+
+    def shown(self, group: tuple[str, int]) -> list[str]:
+        """Strategies but for variations that were run less often; those have a table of their own."""
+        hidden = set(self.variations) - set(self.fully_run(group))
+        return [name for name in self.strategies if name not in hidden]
+
     def scores(self, metric: str = "dice", *, found_only: bool = False) -> Scores:
         """All scores of one metric; ``found_only`` leaves out those that an empty mask decided."""
         key = metric, found_only

@@ -8,8 +8,6 @@ hyper-parameter: ``passion:pixel=balanced``, ``passion:teacher_decay=0.99``.
 from __future__ import annotations
 
 import inspect
-import itertools
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +21,7 @@ from passion_plugin import PassionConfig
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.losses._common import class_masks
-from passion_plugin.objective import LossTerms, UnimodalLoss, distillation_terms, unimodal_loss
+from passion_plugin.objective import LossTerms, UnimodalLoss, unimodal_loss
 from passion_plugin.passes import Prediction, fused_pass
 from passion_plugin.plain_values import is_number, is_one_of
 from passion_plugin.rarity import Rarity
@@ -63,8 +61,6 @@ class PassionVariation(PassionRule):
       stands for every :math:`S_{bm}`: a Dice over the batch is then one of all students and not of one or two samples.
     * ``lone=True``: a sample of one modality, which has no student, has the loss :math:`w_m u\, S_{bm}` of its only
       prediction all the same. Otherwise it counts 1 where a sample of several counts :math:`1 + u \sum_m w_m`.
-    * ``partial=True``: a sample of three modalities or more has one student more, which sees a random part of at least
-      two of them. Its :math:`\lambda_{pix} K + \lambda_{proto} P + u\, S` has no weight of rarity or preference.
     * ``rarity_cap=c``: :math:`w_m = \min(N / N_m, c)`.
     * ``teacher_decay=d``: the teacher is the network with averaged weights, :math:`\bar\theta_i = d_i \bar\theta_{i-1}
       + (1 - d_i)\, \theta_i` at step i, :math:`d_i = \min(d, (1 + i) / (10 + i))` (Tarvainen and Valpola, NeurIPS
@@ -78,7 +74,6 @@ class PassionVariation(PassionRule):
         gate_by: what the prototype distillation is switched for; ``"modality"`` is that of the library.
         pooled: whether students share one loss.
         lone: whether samples of one modality have the uni-modal segmentation loss.
-        partial: whether there are students of several modalities.
         rarity_cap: 1 or more; None: none.
         teacher_decay: in [0, 1); None: the teacher is the prediction that is trained.
 
@@ -94,7 +89,6 @@ class PassionVariation(PassionRule):
         gate_by: GateBy = "modality",
         pooled: bool = False,
         lone: bool = False,
-        partial: bool = False,
         rarity_cap: float | None = None,
         teacher_decay: float | None = None,
     ) -> None:
@@ -104,7 +98,7 @@ class PassionVariation(PassionRule):
             for name, value, choices in (("pixel", pixel, get_args(Pixel)), ("gate_by", gate_by, get_args(GateBy)))
             if not is_one_of(value, choices)
         ]
-        for name, value in (("pooled", pooled), ("lone", lone), ("partial", partial)):
+        for name, value in (("pooled", pooled), ("lone", lone)):
             if not isinstance(value, bool):
                 problems.append(f"{name} must be True or False, got {value!r}")
         if rarity_cap is not None and not is_number(rarity_cap, least=1):
@@ -113,8 +107,7 @@ class PassionVariation(PassionRule):
             problems.append(f"teacher_decay must be in [0, 1), or None, got {teacher_decay!r}")
         raise_problems(problems, what=type(self).__name__)
         self.pixel, self.gate_by, self.pooled, self.lone = pixel, gate_by, pooled, lone
-        self.partial, self.rarity_cap, self.teacher_decay = partial, rarity_cap, teacher_decay
-        self._random = random.Random(0)
+        self.rarity_cap, self.teacher_decay = rarity_cap, teacher_decay
         self._average: list[Tensor] = []
         self._steps = 0
 
@@ -133,34 +126,13 @@ class PassionVariation(PassionRule):
         super().check(bound)
 
     def segments(self, presence: Tensor) -> list[Segment]:
-        """Every modality alone, and where asked for a random part of each sample that has three or more."""
-        rows: dict[tuple[str, ...], list[int]] = {}
-        for row, present in enumerate(presence.tolist() if self.partial else []):
-            names = tuple(itertools.compress(self.modalities, present))
-            if len(names) > 2:
-                parts = [part for size in range(2, len(names)) for part in itertools.combinations(names, size)]
-                rows.setdefault(self._random.choice(parts), []).append(row)
-        alone = Segment.singles(self.modalities, presence) if self.lone else super().segments(presence)
-        return alone + [Segment(names, torch.tensor(found)) for names, found in rows.items()]
-
-    def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
-        """Return the objective, with the terms of students of several modalities."""
-        if self.teacher_decay is not None:
-            step = replace(step, teacher=self._averaged_teacher(step))
-        several = [student for student in step.students if len(student.modalities) > 1]
-        alone = [student for student in step.students if len(student.modalities) == 1]
-        loss, config = super().loss(replace(step, students=alone), labels), self.config
-        for student in several:
-            rows = student.rows.to(labels.device)
-            teacher, target = step.teacher.rows(rows), labels[rows]
-            pixel, prototype, _ = distillation_terms(student.prediction, teacher, target, config, "softmax")
-            own = unimodal_loss(student.prediction.logits, target, config, "softmax", self.unimodal_loss)
-            total = config.pixel_weight * pixel + config.prototype_weight * prototype + config.unimodal_weight * own
-            loss = loss + total.sum() / len(step.presence)
-        return loss
+        """Every modality alone, in the rows that have it; where asked for also in those that have no other."""
+        return Segment.singles(self.modalities, presence) if self.lone else super().segments(presence)
 
     def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
         """Compare students with their teacher, each part as it was chosen."""
+        if self.teacher_decay is not None:
+            step = replace(step, teacher=self._averaged_teacher(step))
         terms = super().terms(step, labels)
         if self.lone:
             # Its own teacher: whatever is not zero there is rounding, and no observation.

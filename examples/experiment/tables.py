@@ -20,7 +20,7 @@ def summary(of: Comparison) -> str:
     header += ["rarest alone", f"gain on {of.baseline}", "on the rarest alone", "time", "runs"]
     lines = []
     for group in of.groups:
-        for name in of.strategies:
+        for name in of.shown(group):
             level = by_patient(of.scores().level(name, of.within(group)))
             if not level.runs:
                 continue
@@ -42,7 +42,9 @@ def gains(of: Comparison) -> str:
     lines = []
     for group in of.groups:
         best = of.best_other(group)
-        for name in of.others:
+        for name in of.shown(group):
+            if name == of.focus:
+                continue
             samples = of.scores().difference(of.focus, name, of.within(group))
             overall = by_patient(samples)
             if not overall.units:
@@ -57,6 +59,19 @@ def gains(of: Comparison) -> str:
                 ]
             )
     return aligned([header, *lines])
+
+
+def variations(of: Comparison) -> str:
+    """The focus with other hyper-parameters or another drawing, against the focus as it is."""
+    header = ["network", f"{of.focus} with", "all subsets", "rarest alone", "complete set", "runs"]
+    lines = []
+    for group in of.groups:
+        for name in of.variations:
+            runs = by_patient(of.scores().difference(name, of.focus, of.within(group))).runs
+            if runs:
+                gains = (_gain(of, name, of.focus, group, select) for select in (None, rarest, complete_set))
+                lines.append([of.label(group), name, *gains, str(runs)])
+    return aligned([header, *lines]) if lines else f"No variation of {of.focus} was run.\n"
 
 
 def subsets(of: Comparison) -> str:
@@ -174,6 +189,7 @@ TABLES: Mapping[str, Callable[[Comparison], str]] = {
     "runs": runs,
     "summary": summary,
     "gains": gains,
+    "variations": variations,
     "subsets": subsets,
     "assignments": assignments,
     "hd95": distance,

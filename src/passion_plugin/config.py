@@ -29,6 +29,8 @@ class PassionConfig:
         \frac1B \sum_b \sum_m a_{bm} w_m \left(
             \lambda_{pix} \beta_m K^{pix}_{bm} + \lambda_{proto}\, \omega_{bm} P_{bm} + u\, S_{bm} \right).
 
+    ``subset_students`` adds the same terms of one random subset of the modalities of a sample, without weights.
+
     Attributes:
         mode: ``"default"`` is the clean mathematics; ``"official"`` reproduces the numbers of the
             published code at batch size 1, including its clamps, its up-sampled coarse outputs, one gate
@@ -39,6 +41,9 @@ class PassionConfig:
         unimodal_weight: :math:`u`, weight of the uni-modal segmentation loss. Part of the paper's task loss.
         rarity_weights: whether :math:`w_m = N / N_m`; False: :math:`w_m = 1`, for data that is drawn so that rare
             modalities are seen as often as common ones (:class:`~passion_plugin.missing.EvenSubsets`).
+        subset_students: whether a sample that has three modalities or more has one student more, which sees a random
+            subset of them: two at least and not all. Then training shows every subset that is scored later, where
+            otherwise it shows what samples have and single modalities. Default mode only.
         eta: :math:`\eta`, step size of the beta update. Published code: 0.01.
         eta_growth: factor on :math:`\eta` at epochs 0, ``eta_every``, 2 ``eta_every``, … Published code: 1.5.
         eta_every: epochs between two growths of :math:`\eta`. Published code: 100.
@@ -82,6 +87,7 @@ class PassionConfig:
     prototype_weight: float = 0.1
     unimodal_weight: float = 1.0
     rarity_weights: bool = True
+    subset_students: bool = False
     eta: float = 0.01
     eta_growth: float = 1.5
     eta_every: int = 100
@@ -109,7 +115,9 @@ class PassionConfig:
         ]
         if not isinstance(self.skip_missing_encoders, bool) and not is_one_of(self.skip_missing_encoders, ("auto",)):
             problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
-        for name in ("rarity_weights", "gate", "stack_students", "share_random_state"):
+        if self.mode == "official" and self.subset_students is True:
+            problems.append("subset_students=True goes with mode='default': the published code has no such students")
+        for name in ("rarity_weights", "subset_students", "gate", "stack_students", "share_random_state"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be True or False, got {getattr(self, name)!r}")
         positive = ("temperature", "eta_growth", "beta_min", "beta_max")

@@ -49,6 +49,8 @@ class LossTerms:
         gate: bool, omega: the modality lags behind the others of the sample.
         active: bool, where a student was compared with its teacher.
         supervised: bool, where a uni-modal segmentation loss was computed.
+        subset: the same of the students that see several modalities, in one column (B, 1) of that name; None without
+            ``subset_students``. Its gate is always open.
     """
 
     modalities: tuple[str, ...]
@@ -59,18 +61,20 @@ class LossTerms:
     gate: Tensor
     active: Tensor
     supervised: Tensor
+    subset: LossTerms | None = None
 
     def detached(self) -> LossTerms:
         """Return the terms without gradient."""
         values = {name: getattr(self, name).detach() for name in (*_TERMS, "gate", "active", "supervised")}
-        return LossTerms(self.modalities, **values)
+        return LossTerms(self.modalities, **values, subset=self.subset and self.subset.detached())
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of each term over the samples that have it, by modality name; NaN where none has.
 
         Returns:
             ``{"pixel": {"flair": …}, "prototype": …, "distance": …, "unimodal": …, "gate": …}``; that of
-            ``gate`` is the fraction of active students whose gate is open.
+            ``gate`` is the fraction of active students whose gate is open. Students of several modalities are
+            ``"subset"`` beside the names.
         """
         result: dict[str, dict[str, float]] = {}
         for name in (*_TERMS, "gate"):
@@ -81,6 +85,8 @@ class LossTerms:
                 modality: total / count if count else math.nan
                 for modality, total, count in zip(self.modalities, totals, counts, strict=True)
             }
+        for name, values in (self.subset.means() if self.subset else {}).items():
+            result[name] |= values
         return result
 
 
@@ -214,7 +220,8 @@ def passion_objective(
 
     Official mode puts beta and the gate on S as well, as the published code does. :math:`\beta_m` acts on
     gradients only (:func:`passion_plugin.modulation.scale_gradient`), the value is that with beta = 1. During
-    warm-up only S is left, without its gate. With ``config.gate`` off every gate is open.
+    warm-up only S is left, without its gate. With ``config.gate`` off every gate is open. Students of several
+    modalities add their :math:`\lambda_{pix} K_b + \lambda_{proto} P_b + u\, S_b`.
 
     Args:
         terms: with their gradient.
@@ -237,4 +244,7 @@ def passion_objective(
     if not warming_up:
         total = total + config.pixel_weight * pixel
         total = total + config.prototype_weight * torch.where(gate, terms.prototype, 0)
-    return (total * total.new_tensor(rarity)).sum(1).mean()
+    loss = (total * total.new_tensor(rarity)).sum(1).mean()
+    if terms.subset is None:
+        return loss
+    return loss + passion_objective(terms.subset, (1.0,), beta.new_ones(1), config, warming_up=warming_up)

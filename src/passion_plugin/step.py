@@ -20,7 +20,7 @@ from passion_plugin.passes import Prediction, Skip, fused_pass
 from passion_plugin.plain_values import members
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.reentrant import passes_reentrant, reentrant_problem
-from passion_plugin.students import Student, active_students, run_students, with_stand_ins
+from passion_plugin.students import Student, active_students, merged, run_students, with_stand_ins
 from passion_plugin.targets import prepare_target
 from passion_plugin.validate import describe
 from passion_plugin.zeros import zero_of
@@ -85,7 +85,8 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
-            UsageError: ``presence`` names more than the mask, which this strategy cannot use.
+            UsageError: ``presence`` names more than the mask, which this strategy cannot use, or the backbone is
+                sharded and there are random students.
             BackboneError: what leaves the classifier is not usable, or reentrant activation checkpointing, seen in the
                 first batch.
         """
@@ -121,6 +122,11 @@ class TrainingStep:
         segments = strategy.segments(available)
         stands_in = [False] * len(segments)
         if lockstep:
+            if config.subset_students:
+                raise UsageError(
+                    "subset_students=True draws other students in every process, but the passes of a sharded backbone "
+                    "have to be the same in all of them: switch it off, or use DistributedDataParallel"
+                )
             complete = torch.ones(1, len(bound.modalities), dtype=torch.bool)
             segments, stands_in = with_stand_ins(segments, strategy.segments(complete))
         with torch.set_grad_enabled(strategy.students == "trained"):
@@ -208,7 +214,9 @@ class TrainingStep:
         logits, spec = self.teacher.logits, self.bound.spec
         presence, active = self.presence.to(logits.device), self.active.to(logits.device)
         modalities = self.bound.modalities
-        matrices = collect_terms(self.teacher, self.students, labels, modalities, config, spec.outputs, own_loss)
+        alone = [student for student in self.students if len(student.modalities) == 1]
+        matrices = collect_terms(self.teacher, alone, labels, modalities, config, spec.outputs, own_loss)
+        subset = self._subset_terms(labels, config, own_loss) if config.subset_students else None
         supervised = active
         own = self._own_unimodal(config)
         if own is not None:
@@ -216,7 +224,18 @@ class TrainingStep:
             matrices["unimodal"] = torch.where(presence, torch.stack(columns, dim=1), 0)
             supervised = presence
         gate = preference.gate(matrices["distance"], presence) & active
-        return LossTerms(modalities, **matrices, gate=gate, active=active, supervised=supervised)
+        return LossTerms(modalities, **matrices, gate=gate, active=active, supervised=supervised, subset=subset)
+
+    def _subset_terms(self, labels: Tensor, config: PassionConfig, own_loss: UnimodalLoss | None) -> LossTerms:
+        """Compare the students of several modalities, one for each sample at most, with teacher and target."""
+        several = [student for student in self.students if len(student.modalities) > 1]
+        students = [merged(several, "subset")] if several else []
+        active = torch.zeros(len(labels), 1, dtype=torch.bool)
+        for student in students:
+            active[student.rows] = True
+        active = active.to(self.teacher.logits.device)
+        matrices = collect_terms(self.teacher, students, labels, ("subset",), config, self.bound.spec.outputs, own_loss)
+        return LossTerms(("subset",), **matrices, gate=active, active=active, supervised=active, subset=None)
 
     def _own_unimodal(self, config: PassionConfig) -> Sequence[Tensor] | None:
         """Return what a separate uni-modal decoder of the backbone predicted; only official mode uses it."""

@@ -13,11 +13,12 @@ from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
 from passion_plugin.heads import feature_maps
+from passion_plugin.missing.subsets import drop_modalities
 from passion_plugin.passes import FusedPass, Prediction, explained, student_pass
 from passion_plugin.random_state import kept_random_state
 from passion_plugin.taps import Segment
 
-__all__ = ["Student", "active_students", "run_students", "with_stand_ins"]
+__all__ = ["Student", "active_students", "merged", "random_subsets", "run_students", "with_stand_ins"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,34 @@ def active_students(presence: Tensor) -> Tensor:
         [[True, True, False], [False, False, False]]
     """
     return presence & (presence.sum(1, keepdim=True) > 1)
+
+
+def random_subsets(presence: Tensor) -> Tensor:
+    """Draw bool (B, M): a subset of what each sample has, of two modalities at least and not all; none of two or fewer.
+
+    Each such subset is as likely as any other. The random numbers are those of PyTorch's default generator.
+
+    Example:
+        >>> import torch
+        >>> drawn = random_subsets(torch.tensor([[True, True, True, False], [True, True, False, False]]))
+        >>> drawn.sum(1).tolist()
+        [2, 0]
+    """
+    subsets = torch.zeros_like(presence)
+    size = presence.sum(1)
+    pending = size > 2
+    while pending.any():
+        subsets[pending] = drop_modalities(presence[pending])
+        drawn = subsets.sum(1)
+        pending = (size > 2) & ((drawn < 2) | (drawn == size))
+    return subsets
+
+
+def merged(students: Sequence[Student], name: str) -> Student:
+    """Put students of different rows together, as one under another name."""
+    tensors = zip(*(student.prediction.tensors() for student in students), strict=True)
+    prediction = Prediction.of([torch.cat(parts) for parts in tensors])
+    return Student((name,), torch.cat([student.rows for student in students]), prediction)
 
 
 def run_students(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,27 @@ class Segment:
         """
         rows = [where[:, column].nonzero().flatten() for column in range(len(modalities))]
         return [cls((name,), index) for name, index in zip(modalities, rows, strict=True) if len(index)]
+
+    @classmethod
+    def subsets(cls, modalities: Sequence[str], where: Tensor) -> list[Segment]:
+        """Let the modalities of each row through together.
+
+        Args:
+            modalities: M names.
+            where: bool (B, M) on the CPU, what each row of the batch shows; nothing for a row that is left out.
+
+        Returns:
+            A segment for each subset that some row shows.
+
+        Example:
+            >>> where = torch.tensor([[True, True, False], [False, False, False], [True, True, False]])
+            >>> Segment.subsets(("flair", "t1", "t2"), where)
+            [Segment(modalities=('flair', 't1'), rows=tensor([0, 2]))]
+        """
+        found = where[where.any(1)].unique(dim=0)
+        names = [tuple(itertools.compress(modalities, subset.tolist())) for subset in found]
+        rows = [(where == subset).all(1).nonzero().flatten() for subset in found]
+        return [cls(*each) for each in zip(names, rows, strict=True)]
 
 
 def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:

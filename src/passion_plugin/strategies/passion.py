@@ -17,7 +17,7 @@ from passion_plugin.objective import LossTerms, UnimodalLoss, passion_objective
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.rarity import Rarity
 from passion_plugin.strategies.base import Strategy
-from passion_plugin.students import active_students
+from passion_plugin.students import active_students, random_subsets
 from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class PassionRule(Strategy):
         """Get ready for one model; see :meth:`Strategy.prepare`."""
         if self.unimodal_loss is not None and config.mode == "official":
             raise ConfigError("unimodal_loss goes with mode='default': the official mode has the published code's loss")
+        if config.subset_students and len(modalities) < 3:
+            raise ConfigError(
+                f"subset_students=True needs three modalities or more, and there are {tuple(modalities)}: leave it out"
+            )
         super().prepare(modalities, config, rarity)
         self.preference = PreferenceEstimator(
             self.modalities,
@@ -98,14 +102,22 @@ class PassionRule(Strategy):
                 "mode='official' is only defined for softmax outputs, which the published code has; use "
                 "mode='default' with sigmoid outputs"
             )
+        if self.config.subset_students and bound.spec.students == "heads":
+            raise ConfigError(
+                "subset_students=True needs a backbone that can predict from several modalities, and the students of "
+                "this one are heads on single encoders: leave it out"
+            )
         if self.config.modulation == "encoder":
             if not bound.encoders:
                 raise ConfigError("modulation='encoder' needs BackboneSpec.encoders, and none were given or found")
             tied_encoders(bound.encoders)
 
     def segments(self, presence: Tensor) -> list[Segment]:
-        """Every modality alone, in the rows that have it beside another one."""
-        return Segment.singles(self.modalities, active_students(presence))
+        """Every modality alone, in the rows that have it beside another one; and random subsets where asked for."""
+        alone = Segment.singles(self.modalities, active_students(presence))
+        if not self.config.subset_students:
+            return alone
+        return alone + Segment.subsets(self.modalities, random_subsets(presence))
 
     def loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """Return the objective, and count the distances for the end of the epoch."""
