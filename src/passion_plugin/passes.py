@@ -60,7 +60,7 @@ class Prediction:
         return [self.of(part) for part in parts]
 
     def rows(self, index: Tensor) -> Prediction:
-        """Return some samples only."""
+        """Return some samples only, given in ascending order."""
         if len(index) == len(self.logits):
             return self
         return self.of([tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()])

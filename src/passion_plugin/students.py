@@ -27,7 +27,7 @@ class Student:
 
     Attributes:
         modalities: their names.
-        rows: int64 (n,), samples of the batch.
+        rows: int64 (n,), samples of the batch, in ascending order.
         prediction: of these n samples, with gradient.
     """
 
@@ -81,10 +81,11 @@ def random_subsets(presence: Tensor) -> Tensor:
 
 
 def merged(students: Sequence[Student], name: str) -> Student:
-    """Put students of different rows together, as one under another name."""
+    """Put students of different rows together, as one under another name, with the rows in ascending order."""
+    rows, order = torch.cat([student.rows for student in students]).sort()
     tensors = zip(*(student.prediction.tensors() for student in students), strict=True)
-    prediction = Prediction.of([torch.cat(parts) for parts in tensors])
-    return Student((name,), torch.cat([student.rows for student in students]), prediction)
+    joined = [torch.cat(parts) for parts in tensors]
+    return Student((name,), rows, Prediction.of([each.index_select(0, order.to(each.device)) for each in joined]))
 
 
 def run_students(
