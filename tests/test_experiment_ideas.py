@@ -236,6 +236,13 @@ class TestChoice:
         with pytest.raises(ConfigError, match=message):
             PassionVariation(**ideas)
 
+    @pytest.mark.parametrize("ideas", [{"pixel": "trusted"}, {"gate_by": "class"}, {"pooled": True}], ids=str)
+    def test_students_of_several_modalities_do_not_go_with_all(self, ideas: dict[str, Any]) -> None:
+        config = PassionConfig(subset_students=True)
+        with pytest.raises(ConfigError, match="leave subset_students out"):
+            wrap(net(), config, **ideas)
+        wrap(net(), config, lone=True, rarity_cap=2, teacher_decay=0.9)
+
     def test_official_mode_has_no_variations(self) -> None:
         with pytest.raises(ConfigError, match="no variations"):
             wrap(net(), PassionConfig.official(), pixel="balanced")

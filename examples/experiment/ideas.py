@@ -66,7 +66,7 @@ class PassionVariation(PassionRule):
       + (1 - d_i)\, \theta_i` at step i, :math:`d_i = \min(d, (1 + i) / (10 + i))` (Tarvainen and Valpola, NeurIPS
       2017, arXiv:1703.01780), on the same batch. They are no part of the state: for trainings in one go.
 
-    The preference, its distances and beta are those of the library.
+    The preference, its distances and beta are those of the library. Exchanged divergences leave coarse outputs out.
 
     Args:
         unimodal_loss: see :class:`~passion_plugin.strategies.PassionRule`.
@@ -115,6 +115,8 @@ class PassionVariation(PassionRule):
         """Get ready for one model, with no rarity weight above the cap."""
         if config.mode == "official":
             raise ConfigError("the official mode is the published code, which has no variations: use mode='default'")
+        if config.subset_students and (self.pooled, self.pixel, self.gate_by) != (False, "mean", "modality"):
+            raise ConfigError("pooled, pixel and gate_by are about students of one modality: leave subset_students out")
         if self.rarity_cap is not None:
             rarity = replace(rarity, weights=tuple(min(weight, self.rarity_cap) for weight in rarity.weights))
         super().prepare(modalities, config, rarity)
