@@ -255,6 +255,15 @@ def test_ddp_with_other_configurations(ranks: Ranks, config: dict[str, Any]) -> 
     assert_as_one_process(found, wanted)
 
 
+def test_ddp_with_students_of_several_modalities_that_one_rank_lacks(ranks: Ranks) -> None:
+    # One process then draws for the same rows as the first rank, from the same random state.
+    presence, config = [[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 1]], PassionConfig(subset_students=True)
+    found = ranks(trained, presence, ddp={}, config=config)
+    assert_as_one_process(found, trained(None, presence, config=config))
+    without = trained(None, presence)["gradients"][0]
+    assert any(not torch.allclose(found[0]["gradients"][0][name], without[name]) for name in without)
+
+
 @pytest.mark.parametrize("presence", PRESENCE)
 @pytest.mark.parametrize("calls", ["one call", "two calls"])
 @pytest.mark.parametrize("options", OPTIONS)

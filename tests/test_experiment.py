@@ -167,8 +167,12 @@ class TestRecipes:
             ("plain:temperature=2", "no hyper-parameter=value of plain"),
             ("ogm-ge:alpha=0", "alpha"),
             ("passion:own_loss=dice", "own_loss is True or False"),
-            ("passion-official:own_loss=True", "own_loss goes with the default mode"),
-            ("passion-official:pixel=balanced", "pixel goes with the default mode"),
+            ("passion-official:own_loss=True", "own_loss=True goes with the default mode"),
+            ("passion-official:pixel=balanced", "pixel='balanced' goes with the default mode"),
+            ("passion:pixel=balanced,subset_students=True", "pixel is about students of one modality"),
+            ("passion:rarity_cap=2,rarity_weights=False", "changes nothing beside rarity_weights=False"),
+            ("passion-both:gate_by=class", "changes nothing beside gate=False"),
+            ("passion:pooled=True", "pooled=True needs a unimodal_loss"),
             ("passion:pixel=blanced", "pixel must be one of"),
             ("passion:teacher_decay=1", r"teacher_decay must be in \[0, 1\)"),
         ],
@@ -418,6 +422,21 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             main([*COMMAND, *change])
         assert message in capsys.readouterr().err
+
+    def test_a_strategy_that_the_data_does_not_allow_is_named_before_anything_is_trained(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rates = {"ct": 0.2, "pet": 0.6}
+        monkeypatch.setattr(
+            "tests.test_experiment.cohort",
+            lambda fold=0: replace(cohort(fold), modalities=MODALITIES[:2], missing_rates=rates),
+        )
+        with pytest.raises(SystemExit):
+            main([*COMMAND, "--results", str(tmp_path), "--strategies", "plain", "passion:subset_students=True"])
+        assert "'passion:subset_students=True' needs three modalities, and the data has ct, pet" in (
+            capsys.readouterr().err
+        )
+        assert not list(tmp_path.iterdir())
 
     def test_folds_are_looked_at_before_anything_is_trained(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.experiment.ideas import (
-    IDEAS,
-    PassionVariation,
-    balanced_divergence,
-    gated_gaps,
-    similarity_maps,
-    trusted_divergence,
-)
+from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps, trusted_divergence
+from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.recipes import parse_recipe
 from examples.training import entropy_and_batch_dice
 from models import NAMES, MeanNet, batch, spec_of
@@ -200,6 +194,14 @@ class TestAveragedTeacher:
         for name in ("pixel", "prototype", "distance", "unimodal"):
             assert torch.equal(getattr(found, name), getattr(plain, name)), name
 
+    def test_running_statistics_are_those_of_the_trained_weights(self) -> None:
+        torch.manual_seed(1)
+        found, plain = MeanNet(M, norm="batch").double(), MeanNet(M, norm="batch").double()
+        plain.load_state_dict(found.state_dict())
+        terms(wrap(found, teacher_decay=0.9)), terms(wrap(plain))
+        for one, two in zip(found.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(one, two)
+
     def test_gradients_are_those_of_the_trained_weights(self) -> None:
         one, two = wrap(net(), teacher_decay=0.9), wrap(net())
         terms(one), terms(two)
@@ -227,6 +229,7 @@ class TestChoice:
             ({"gate_by": "slice"}, "gate_by must be one of"),
             ({"rarity_cap": 0.5}, "rarity_cap must be 1 or more"),
             ({"pooled": 1}, "pooled must be True or False"),
+            ({"pooled": True}, "pooled=True needs a unimodal_loss"),
             ({"lone": 0}, "lone must be True or False"),
             ({"teacher_decay": 1.0}, r"teacher_decay must be in \[0, 1\)"),
             ({"teacher_decay": math.nan}, "teacher_decay must be in"),
@@ -236,13 +239,44 @@ class TestChoice:
         with pytest.raises(ConfigError, match=message):
             PassionVariation(**ideas)
 
-    @pytest.mark.parametrize("ideas", [{"pixel": "trusted"}, {"gate_by": "class"}, {"pooled": True}], ids=str)
-    def test_students_of_several_modalities_do_not_go_with_all(self, ideas: dict[str, Any]) -> None:
-        config = PassionConfig(subset_students=True)
-        with pytest.raises(ConfigError, match="leave subset_students out"):
-            wrap(net(), config, **ideas)
-        wrap(net(), config, lone=True, rarity_cap=2, teacher_decay=0.9)
+    @pytest.mark.parametrize(
+        ("ideas", "config", "message"),
+        [
+            ({"pixel": "trusted"}, {"subset_students": True}, "pixel is about students of one modality"),
+            ({"gate_by": "class"}, {"subset_students": True}, "gate_by is about students of one modality"),
+            ({"gate_by": "class"}, {"gate": False}, "gate_by='class' changes nothing beside gate=False"),
+            ({"rarity_cap": 2}, {"rarity_weights": False}, "rarity_cap=2 changes nothing beside rarity_weights=False"),
+            ({"lone": True}, {"mode": "official"}, "lone=True goes with the default mode"),
+        ],
+    )
+    def test_what_does_not_go_together_is_named(
+        self, ideas: dict[str, Any], config: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            wrap(net(), PassionConfig(**config), **ideas)
 
-    def test_official_mode_has_no_variations(self) -> None:
-        with pytest.raises(ConfigError, match="no variations"):
-            wrap(net(), PassionConfig.official(), pixel="balanced")
+    def test_others_go_with_students_of_several_modalities(self) -> None:
+        model = wrap(net(), PassionConfig(subset_students=True), lone=True, rarity_cap=2, teacher_decay=0.9)
+        found = terms(model)
+        assert found.subset is not None
+        assert found.subset.active.flatten().tolist() == [False, True, False]
+        assert torch.equal(found.supervised, torch.tensor(PRESENCE, dtype=torch.bool))
+
+    def test_a_state_of_another_idea_is_refused(self) -> None:
+        state = wrap(net(), pixel="balanced").addon_state_dict()
+        with pytest.raises(ConfigError, match="pixel: found 'balanced', expected 'mean'"):
+            wrap(net(), gate_by="class").load_addon_state_dict(state)
+
+    @pytest.mark.parametrize(
+        "ideas", [{"pixel": "balanced"}, {"pixel": "trusted"}, {"gate_by": "class"}, {"gate_by": "voxel"}], ids=str
+    )
+    def test_terms_keep_their_digits_under_autocast(self, ideas: dict[str, Any]) -> None:
+        torch.manual_seed(1)
+        model = wrap(MeanNet(M), **ideas)
+        x, mask, y = batch(PRESENCE)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, mask)
+            loss = model.passion_loss(y)
+        assert loss.dtype == torch.float32
+        found = model.loss_terms()
+        assert found.pixel.dtype == found.prototype.dtype == torch.float32

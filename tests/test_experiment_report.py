@@ -341,6 +341,13 @@ class TestTables:
             assert "passion@drop" not in text, table
         assert TABLES["variations"](Comparison.read(stored(tmp_path / "none"))).startswith("No variation of passion")
 
+    def test_drawings_beside_no_rule_are_no_variations_of_plain_training(self, tmp_path: Path) -> None:
+        drop = [{**each, "cell": {**each["cell"], "strategy": "drop"}} for each in records()[1::2]]
+        once = record("even", {"ct": [0.5, 0.6], "pet": [0.6, 0.4], "ct+pet": [0.7, 0.7]})
+        of = Comparison.read(stored(tmp_path, *drop, once), "drop")
+        assert [line["strategy"] for line in lines_of(TABLES["summary"](of))] == ["plain", "drop", "even", "passion"]
+        assert TABLES["variations"](of).startswith("No variation of drop")
+
     def test_distances_are_also_compared_where_neither_mask_is_empty(self, tmp_path: Path) -> None:
         changed = records()
         for row in changed[0]["scores"]:

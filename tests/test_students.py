@@ -14,8 +14,8 @@ from passion_plugin import BackboneError, PassionConfig, PassionWrapper
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.passes import FusedPass, Prediction, fused_pass, student_pass
+from passion_plugin.segments import Segment
 from passion_plugin.students import Student, run_students
-from passion_plugin.taps import Segment
 
 M = NAMES[:4]
 EVERYTHING = [[1, 1, 1, 1]] * 3

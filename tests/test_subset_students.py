@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import NAMES, MeanNet, batch, spec_of
+from models import NAMES, DeepNet, MeanNet, batch, spec_of
 from passion_plugin import ConfigError, PassionConfig, PassionWrapper, UsageError
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
+from passion_plugin.segments import Segment
 from passion_plugin.strategies import PassionRule
 from passion_plugin.students import random_subsets
-from passion_plugin.taps import Segment
 
 M = NAMES[:4]
 RATES = (0.2, 0.5, 0.75, 0.6)
@@ -27,8 +27,13 @@ OFF = PassionConfig()
 
 
 def wrap(net: MeanNet, config: PassionConfig, **more: Any) -> PassionWrapper:
-    rates = RATES[: len(net.names)]
-    return PassionWrapper(net, net.names, missing_rates=rates, spec=spec_of(net), config=config, **more)
+    options = {"missing_rates": RATES[: len(net.names)], "spec": spec_of(net), **more}
+    return PassionWrapper(net, net.names, config=config, **options)
+
+
+def coarse_and_fine(network: DeepNet, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    fused = network.fuse(network.encode(x), mask)
+    return network.classifier(network.decoder(fused)), network.coarse(F.avg_pool2d(fused, 2))
 
 
 def net() -> MeanNet:
@@ -89,16 +94,15 @@ class TestDrawing:
 class TestLoss:
     # Of a complete batch every row has a student, in another order than that of the subsets.
     @pytest.mark.parametrize("presence", [PRESENCE, [[1, 1, 1, 1]] * 6], ids=["some", "complete"])
-    @pytest.mark.parametrize("students", ["replay", "rerun"])
+    @pytest.mark.parametrize("students", ["replay", "mixed", "rerun"])
     def test_it_adds_the_terms_of_one_subset_of_each_sample_that_has_three(self, students: str, presence: Any) -> None:
-        config = PassionConfig(subset_students=True, pixel_weight=0.7, prototype_weight=0.3, unimodal_weight=2.0)
-        plain = PassionConfig(pixel_weight=0.7, prototype_weight=0.3, unimodal_weight=2.0)
+        weights = {"pixel_weight": 0.7, "prototype_weight": 0.3, "unimodal_weight": 2.0}
         network = net()
         parameters = list(network.parameters())
-        spec = spec_of(network, students=students)
         results = []
-        for each in (plain, config):
-            model = PassionWrapper(network, M, missing_rates=RATES, spec=spec, config=each)
+        for on in (False, True):
+            config = PassionConfig(subset_students=on, **weights)
+            model = wrap(network, config, spec=spec_of(network, students=students))
             loss = loss_of(model, presence)
             results.append((loss.detach(), torch.autograd.grad(loss, parameters)))
             model.unwrap()
@@ -106,6 +110,50 @@ class TestLoss:
         torch.testing.assert_close(results[1][0] - results[0][0], wanted.detach())
         for one, two, slow in zip(results[0][1], results[1][1], torch.autograd.grad(wanted, parameters), strict=True):
             torch.testing.assert_close(two - one, slow, rtol=1e-8, atol=1e-12)
+
+    def test_coarse_outputs_of_a_complete_batch_are_compared_row_by_row(self) -> None:
+        torch.manual_seed(1)
+        network = DeepNet(M).double()
+        model = wrap(network, ON)
+        presence = [[1, 1, 1, 1]] * 6
+        loss_of(model, presence)
+        terms = model.loss_terms()
+        assert terms.subset is not None
+        x, mask, _ = batch(presence, dtype=torch.float64)
+        torch.manual_seed(5)
+        subsets = random_subsets(mask)
+        with torch.no_grad():
+            (zs, cs), (zt, ct) = (coarse_and_fine(network, x, seen) for seen in (subsets, mask))
+        wanted = pixel_distillation(zs, zt, 4.0) + pixel_distillation(cs, ct, 4.0) / 2
+        torch.testing.assert_close(terms.subset.pixel[:, 0], wanted)
+
+    def test_regions_have_them_too(self) -> None:
+        network = net()
+        x, mask, y = batch(PRESENCE, dtype=torch.float64)
+        regions = torch.stack([y > 0, y == 1, y != 1], dim=1)
+        model = wrap(network, ON, spec=spec_of(network, outputs="sigmoid"))
+        torch.manual_seed(5)
+        model(x, mask)
+        model.passion_loss(regions)
+        torch.manual_seed(5)
+        subsets = random_subsets(mask)[:2]
+        terms = model.loss_terms()
+        assert terms.subset is not None
+        with torch.no_grad():
+            wanted = segmentation_loss(network(x[:2], subsets), regions[:2], outputs="sigmoid")
+        torch.testing.assert_close(terms.subset.unimodal[:2, 0], wanted)
+
+    def test_terms_are_float32_under_autocast(self) -> None:
+        torch.manual_seed(1)
+        model = wrap(MeanNet(M), ON)
+        x, mask, y = batch(PRESENCE)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, mask)
+            loss = model.passion_loss(y)
+        loss.backward()
+        terms = model.loss_terms().subset
+        assert terms is not None
+        assert loss.dtype == terms.pixel.dtype == terms.prototype.dtype == torch.float32
 
     def test_the_preference_and_the_terms_of_single_modalities_do_not_change(self) -> None:
         one, two = wrap(net(), OFF), wrap(net(), ON)
@@ -125,7 +173,9 @@ class TestLoss:
         for name in ("pixel", "prototype", "unimodal"):
             assert torch.equal(getattr(terms.subset, name) > 0, terms.subset.active), name
         wanted = float(terms.subset.pixel.sum() / 2)
-        assert model.metrics()["pixel/subset"] == pytest.approx(wanted)
+        metrics = model.metrics()
+        assert metrics["pixel/subset"] == pytest.approx(wanted)
+        assert "gate/subset" not in metrics
 
     def test_without_a_sample_of_three_modalities_nothing_is_added(self) -> None:
         presence = [[1, 1, 0, 0], [0, 0, 1, 0]]
@@ -151,14 +201,12 @@ class TestLoss:
         # Three samples have each of the first two modalities beside another, one the third, two the fourth.
         assert seen == [3, 3, 1, 2, 2]
 
-    @pytest.mark.parametrize("how", [{"memory": "low"}, {"stack_students": True}, {"share_random_state": True}])
+    @pytest.mark.parametrize("how", [{"memory": "low"}, {"stack_students": True}])
     def test_how_passes_run_does_not_matter(self, how: dict[str, Any]) -> None:
         network, losses, gradients = net(), [], []
         for more in ({}, how):
             config = PassionConfig(subset_students=True, **more)
-            model = PassionWrapper(
-                network, M, missing_rates=RATES, spec=spec_of(network, stackable=True), config=config
-            )
+            model = wrap(network, config, spec=spec_of(network, stackable=True))
             losses.append(loss_of(model))
             gradients.append(torch.autograd.grad(losses[-1], list(network.parameters())))
             model.unwrap()
@@ -191,13 +239,25 @@ class TestRefused:
                 network, M[:3], missing_rates=RATES[:3], spec=spec, config=ON, example_input=x, example_mask=mask
             )
 
-    def test_processes_that_share_a_sharded_backbone_would_wait_for_each_other(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_processes_that_wait_for_each_other_in_a_pass_would_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("passion_plugin.step.in_lockstep", lambda backbone: True)
         x, mask, _ = batch(PRESENCE, dtype=torch.float64)
-        with pytest.raises(UsageError, match="use DistributedDataParallel"):
+        with pytest.raises(UsageError, match="sharded or has SyncBatchNorm layers: leave subset_students out"):
             wrap(net(), ON)(x, mask)
+
+    def test_a_modality_of_that_name(self) -> None:
+        with pytest.raises(ConfigError, match="rename that"):
+            wrap(MeanNet(("subset", "t1", "t2")), ON)
+
+    @pytest.mark.parametrize("config", [OFF, ON], ids=["off", "on"])
+    def test_a_rule_of_ones_own_with_more_of_them(self, config: PassionConfig) -> None:
+        class Pairs(PassionRule):
+            def segments(self, presence: Tensor) -> list[Segment]:
+                return [*super().segments(presence), Segment((M[0], M[1]), torch.tensor([0, 1]))]
+
+        error = UsageError if config.subset_students else ValueError
+        with pytest.raises(error):
+            loss_of(wrap(net(), config, strategy=Pairs()))
 
     def test_other_rules_have_none(self) -> None:
         with pytest.raises(ConfigError, match="subset_students=True is about PASSION"):

@@ -97,9 +97,12 @@ def _run(options: argparse.Namespace) -> int:
         problems += _network_problems(name, study)
     for name in options.strategies:
         try:
-            parse_recipe(name)
+            recipe = parse_recipe(name)
         except ConfigError as error:
             problems.append(str(error))
+            continue
+        if recipe.parameters.get("subset_students") and len(study.modalities) < 3:
+            problems.append(f"strategy {name!r} needs three modalities, and the data has {', '.join(study.modalities)}")
     part, slash, parts = options.shard.partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         problems.append(f"--shard {options.shard!r}: write I/N with I from 1 to N")

@@ -100,9 +100,9 @@ class Comparison:
 
     @property
     def variations(self) -> list[str]:
-        """Strategies of the same rule as the focus, with other hyper-parameters or another drawing."""
+        """The rule of the focus with other hyper-parameters or another drawing; none of plain training."""
         rule = parse_recipe(self.focus).rule
-        return [name for name in self.others if parse_recipe(name).rule == rule]
+        return [name for name in self.others if parse_recipe(name).rule == rule != "plain"]
 
     def shown(self, group: tuple[str, int]) -> list[str]:
         """Strategies but for variations that were run less often; those have a table of their own."""

@@ -15,29 +15,22 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps, trusted_divergence
 from passion_plugin import PassionConfig
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.errors import ConfigError, raise_problems
-from passion_plugin.losses._common import class_masks
+from passion_plugin.losses._common import class_masks, wide_dtype
 from passion_plugin.objective import LossTerms, UnimodalLoss, unimodal_loss
 from passion_plugin.passes import Prediction, fused_pass
 from passion_plugin.plain_values import is_number, is_one_of
 from passion_plugin.rarity import Rarity
+from passion_plugin.segments import Segment
 from passion_plugin.step import TrainingStep
 from passion_plugin.strategies import PassionRule
-from passion_plugin.taps import Segment
 from passion_plugin.targets import resize_labels
 
-__all__ = [
-    "IDEAS",
-    "PassionVariation",
-    "balanced_divergence",
-    "gated_gaps",
-    "similarity_maps",
-    "trusted_divergence",
-]
+__all__ = ["IDEAS", "PassionVariation"]
 
 Pixel = Literal["mean", "balanced", "trusted"]
 GateBy = Literal["modality", "class", "voxel"]
@@ -101,6 +94,8 @@ class PassionVariation(PassionRule):
         for name, value in (("pooled", pooled), ("lone", lone)):
             if not isinstance(value, bool):
                 problems.append(f"{name} must be True or False, got {value!r}")
+        if pooled is True and unimodal_loss is None:
+            problems.append("pooled=True needs a unimodal_loss: that of the library is a mean over samples anyway")
         if rarity_cap is not None and not is_number(rarity_cap, least=1):
             problems.append(f"rarity_cap must be 1 or more, or None, got {rarity_cap!r}")
         if teacher_decay is not None and not (is_number(teacher_decay, least=0, most=1) and teacher_decay < 1):
@@ -111,12 +106,27 @@ class PassionVariation(PassionRule):
         self._average: list[Tensor] = []
         self._steps = 0
 
+    def go_with(self, config: PassionConfig) -> None:
+        """Check that what is changed is in use.
+
+        Raises:
+            ConfigError: listing every idea that would change nothing, or that cannot be had with this configuration.
+        """
+        changed = {name: getattr(self, name) for name, default in IDEAS.items() if getattr(self, name) != default}
+        problems = []
+        for name, value in changed.items():
+            if config.mode == "official":
+                problems.append(f"{name}={value!r} goes with the default mode, not the official")
+            if config.subset_students and name in ("pixel", "gate_by", "pooled"):
+                problems.append(f"{name} is about students of one modality: leave it or subset_students out")
+            needed = {"rarity_cap": "rarity_weights", "gate_by": "gate"}.get(name)
+            if needed and not getattr(config, needed):
+                problems.append(f"{name}={value!r} changes nothing beside {needed}=False: leave one of them out")
+        raise_problems(problems, what=type(self).__name__)
+
     def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model, with no rarity weight above the cap."""
-        if config.mode == "official":
-            raise ConfigError("the official mode is the published code, which has no variations: use mode='default'")
-        if config.subset_students and (self.pooled, self.pixel, self.gate_by) != (False, "mean", "modality"):
-            raise ConfigError("pooled, pixel and gate_by are about students of one modality: leave subset_students out")
+        self.go_with(config)
         if self.rarity_cap is not None:
             rarity = replace(rarity, weights=tuple(min(weight, self.rarity_cap) for weight in rarity.weights))
         super().prepare(modalities, config, rarity)
@@ -129,7 +139,11 @@ class PassionVariation(PassionRule):
 
     def segments(self, presence: Tensor) -> list[Segment]:
         """Every modality alone, in the rows that have it; where asked for also in those that have no other."""
-        return Segment.singles(self.modalities, presence) if self.lone else super().segments(presence)
+        segments = super().segments(presence)
+        if not self.lone:
+            return segments
+        several = [segment for segment in segments if len(segment.modalities) > 1]
+        return Segment.singles(self.modalities, presence) + several
 
     def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
         """Compare students with their teacher, each part as it was chosen."""
@@ -150,12 +164,16 @@ class PassionVariation(PassionRule):
             terms = replace(terms, prototype=self._prototype(step, labels), gate=terms.active)
         return terms
 
+    def settings(self) -> dict[str, Any]:
+        """Return the ideas beside the configuration; see :meth:`~passion_plugin.strategies.Strategy.settings`."""
+        return {**super().settings(), **{name: getattr(self, name) for name in IDEAS}}
+
     def _pixel(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """K (B, M)."""
         divergence = {"balanced": balanced_divergence, "trusted": trusted_divergence}[self.pixel]
         logits = step.teacher.logits
         labels = resize_labels(labels, tuple(logits.shape[2:]))
-        result = logits.new_zeros(step.presence.shape)
+        result = logits.new_zeros(step.presence.shape, dtype=wide_dtype(logits))
         for student in step.students:
             rows = student.rows.to(logits.device)
             values = divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
@@ -191,7 +209,7 @@ class PassionVariation(PassionRule):
         decay = min(float(self.teacher_decay or 0), (1 + self._steps) / (10 + self._steps))
         for average, weight in zip(self._average, weights, strict=True):
             average.lerp_(weight, 1 - decay)
-        with _exchanged(weights, self._average):
+        with step.bound.student_mode(), _exchanged(weights, self._average):
             return fused_pass(step.bound, step.call, step.presence).prediction
 
 
@@ -201,74 +219,6 @@ IDEAS: dict[str, Any] = {
     if name != "unimodal_loss"
 }
 """Names of the ideas, with the values that leave PASSION as it is."""
-
-
-def voxel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Divergence of the student (n, K, *spatial) from the teacher at each voxel, summed over classes: (n, V)."""
-    log_s, log_t = ((logits.flatten(2) / temperature).log_softmax(1) for logits in (student, teacher))
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
-
-
-def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Mean over the classes of a sample of the mean over its voxels, (n,).
-
-    Args:
-        student: logits (n, K, *spatial).
-        teacher: logits of the same shape, without gradient.
-        labels: (n, *spatial), class numbers.
-        temperature: T.
-    """
-    classes = student.shape[1]
-    masks = F.one_hot(labels.flatten(1), classes).to(student.dtype)
-    sizes = masks.sum(1)
-    means = torch.einsum("nv,nvk->nk", voxel_divergence(student, teacher, temperature), masks) / sizes.clamp(min=1)
-    return temperature**2 / classes * means.sum(1) / (sizes > 0).sum(1)
-
-
-def trusted_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Mean over the voxels of a sample, (n,), of the divergence where the teacher is nearer to the truth.
-
-    Args:
-        student: logits (n, K, *spatial).
-        teacher: logits of the same shape, without gradient.
-        labels: (n, *spatial), class numbers.
-        temperature: T.
-    """
-    truth = labels.flatten(1).unsqueeze(1)
-    ours, theirs = (logits.detach().flatten(2).softmax(1).gather(1, truth)[:, 0] for logits in (student, teacher))
-    divergence = voxel_divergence(student, teacher, temperature)
-    return temperature**2 / student.shape[1] * torch.where(theirs > ours, divergence, 0).mean(1)
-
-
-def similarity_maps(features: Tensor, masks: Tensor, eps: float = 1e-5) -> Tensor:
-    """Cosine (n, K, V) of the feature of every voxel with the prototype of every class.
-
-    Args:
-        features: (n, C, *spatial).
-        masks: bool (n, K, V), the voxels of each class.
-        eps: smallest norm.
-    """
-    features = features.flatten(2)
-    members = masks.to(features.dtype)
-    prototypes = torch.einsum("ncv,nkv->nkc", features, members) / (members.sum(-1, keepdim=True) + eps)
-    return torch.einsum("nkc,ncv->nkv", F.normalize(prototypes, dim=2, eps=eps), F.normalize(features, dim=1, eps=eps))
-
-
-def gated_gaps(gaps: Tensor, active: Tensor, counted: Tensor, *, by_class: bool) -> Tensor:
-    """Mean squared gap (B, M) of what lags behind the other modalities of its sample.
-
-    Args:
-        gaps: (B, M, K, V), 0 where there is no student.
-        active: bool (B, M), where there is one.
-        counted: bool (B, K), classes that the sample has.
-        by_class: gates by class, each over all voxels; False: by voxel, each for all classes.
-    """
-    counts = counted[:, None, :, None]
-    size = counts.sum((2, 3), keepdim=True) * gaps.shape[-1]
-    squares, distances = (torch.where(counts, value, 0) for value in (gaps.square(), gaps.detach().abs()))
-    distances = distances.sum(3 if by_class else 2, keepdim=True)
-    mean = distances.sum(1, keepdim=True) / active.sum(1).clamp(min=1)[:, None, None, None]
-    return (torch.where(distances > mean, squares, 0) / size).sum((2, 3))
 
 
 @contextmanager

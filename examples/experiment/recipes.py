@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.views import DRAWINGS
@@ -31,8 +32,6 @@ __all__ = ["ALIASES", "Recipe", "parse_recipe"]
 
 ALIASES = {"drop": "plain@drop", "even": "plain@even"}
 _OWN_LOSS = "own_loss"
-_NOT_CONFIGURED = (_OWN_LOSS, *IDEAS)
-"""Hyper-parameters of PASSION that are no fields of its configuration."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,7 @@ class Recipe:
         """
         if self.rule == "plain":
             return None
-        rule = _make(self.rule, self.overrides)
-        how: dict[str, Any] = {"strategy": rule}
-        if isinstance(rule, PassionConfig):
-            students = loss if self.parameters[_OWN_LOSS] else None
-            how = {"config": rule, "strategy": _passion(students, self.overrides)}
+        how = _make(self.rule, self.overrides, loss)
         return lambda backbone: PassionWrapper(
             backbone, modalities=presence.modalities, presence=presence, spec=spec, **how
         )
@@ -103,18 +98,14 @@ def parse_recipe(name: str) -> Recipe:
             overrides[field] = _value(value)
     raise_problems(problems, what=f"strategy {name!r}")
     try:
-        made = _make(rule, overrides)
+        # Any loss will do: what is made here is only looked at.
+        made = _make(rule, overrides, cross_entropy)
     except ConfigError as error:
         raise ConfigError(f"strategy {name!r}: {error}") from error
     parameters = {**parameters, **overrides}
-    if isinstance(made, PassionConfig):
-        parameters = {**made.as_dict(), _OWN_LOSS: parameters[_OWN_LOSS]}
-        parameters |= {key: value for key, value in overrides.items() if key in IDEAS}
-        if parameters[_OWN_LOSS] not in (False, True):
-            raise ConfigError(f"strategy {name!r}: {_OWN_LOSS} is True or False")
-        changed = [field for field in overrides if field in _NOT_CONFIGURED]
-        if made.mode == "official" and changed:
-            raise ConfigError(f"strategy {name!r}: {', '.join(changed)} goes with the default mode, not the official")
+    if "config" in made:
+        extra = {key: value for key, value in overrides.items() if key in IDEAS}
+        parameters = {**made["config"].as_dict(), _OWN_LOSS: parameters[_OWN_LOSS], **extra}
     return Recipe(rule, drawing, averaging == "slow", parameters, overrides)
 
 
@@ -128,20 +119,25 @@ def _defaults(rule: str) -> dict[str, Any]:
     return {each.name: each.default for each in found if each.default is not each.empty}
 
 
-def _make(rule: str, overrides: dict[str, Any]) -> Any:
-    """A rule, or the configuration of PASSION, with some hyper-parameters changed; one for each model."""
+def _make(rule: str, overrides: dict[str, Any], loss: UnimodalLoss) -> dict[str, Any]:
+    """What a wrapper is given: a rule with some hyper-parameters changed, and beside PASSION its configuration."""
     made = named_strategy(rule)
-    if isinstance(made, PassionConfig):
-        _passion(None, overrides)  # refuses what makes no sense
-        configured = {key: value for key, value in overrides.items() if key not in _NOT_CONFIGURED}
-        return passion_variant(rule, PassionConfig(**configured))
-    return type(made)(**overrides)
-
-
-def _passion(students: UnimodalLoss | None, overrides: dict[str, Any]) -> PassionRule:
-    """PASSION with the loss of its students, and with the ideas among the hyper-parameters given."""
+    if not isinstance(made, PassionConfig):
+        return {"strategy": type(made)(**overrides)}
+    own = overrides.get(_OWN_LOSS, False)
+    if not isinstance(own, bool):
+        raise ConfigError(f"{_OWN_LOSS} is True or False, got {own!r}")
     ideas = {key: value for key, value in overrides.items() if key in IDEAS}
-    return PassionVariation(students, **ideas) if ideas else PassionRule(students)
+    configured = {key: value for key, value in overrides.items() if key not in (_OWN_LOSS, *IDEAS)}
+    config = passion_variant(rule, PassionConfig(**configured))
+    if own and config.mode == "official":
+        raise ConfigError(f"{_OWN_LOSS}=True goes with the default mode, not the official")
+    students = loss if own else None
+    if not ideas:
+        return {"config": config, "strategy": PassionRule(students)}
+    variation = PassionVariation(students, **ideas)
+    variation.go_with(config)
+    return {"config": config, "strategy": variation}
 
 
 def _value(text: str) -> Any:

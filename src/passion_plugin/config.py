@@ -29,7 +29,8 @@ class PassionConfig:
         \frac1B \sum_b \sum_m a_{bm} w_m \left(
             \lambda_{pix} \beta_m K^{pix}_{bm} + \lambda_{proto}\, \omega_{bm} P_{bm} + u\, S_{bm} \right).
 
-    ``subset_students`` adds the same terms of one random subset of the modalities of a sample, without weights.
+    ``subset_students`` adds the same terms of one random subset of the modalities of a sample, without
+    :math:`w`, :math:`\beta` and :math:`\omega`.
 
     Attributes:
         mode: ``"default"`` is the clean mathematics; ``"official"`` reproduces the numbers of the
@@ -42,8 +43,8 @@ class PassionConfig:
         rarity_weights: whether :math:`w_m = N / N_m`; False: :math:`w_m = 1`, for data that is drawn so that rare
             modalities are seen as often as common ones (:class:`~passion_plugin.missing.EvenSubsets`).
         subset_students: whether a sample that has three modalities or more has one student more, which sees a random
-            subset of them: two at least and not all. Then training shows every subset that is scored later, where
-            otherwise it shows what samples have and single modalities. Default mode only.
+            subset of them: two at least and not all. Otherwise training shows what samples have and single
+            modalities, and nothing in between. Default mode only.
         eta: :math:`\eta`, step size of the beta update. Published code: 0.01.
         eta_growth: factor on :math:`\eta` at epochs 0, ``eta_every``, 2 ``eta_every``, … Published code: 1.5.
         eta_every: epochs between two growths of :math:`\eta`. Published code: 100.

@@ -247,7 +247,7 @@ class Passion:
             for this strategy) is left out, and nothing is NaN. All but the epoch's are of this process.
 
             * last step of PASSION, means over the samples that have the term: ``pixel``, ``prototype``, ``distance``,
-              ``unimodal`` (see :class:`LossTerms`) and ``gate``, the fraction of open gates;
+              ``unimodal`` (see :class:`LossTerms`), with ``subset_students`` of ``subset`` too; ``gate``, open gates;
             * last step of a strategy that scales encoders or terms: ``factor``;
             * last epoch that ended since the model was made: ``beta`` (for such a strategy its mean factor, 1 where
               it had none), ``relative_preference`` and ``epoch_distance`` where measured, ``skipped`` where comparisons

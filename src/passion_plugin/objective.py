@@ -85,8 +85,10 @@ class LossTerms:
                 modality: total / count if count else math.nan
                 for modality, total, count in zip(self.modalities, totals, counts, strict=True)
             }
-        for name, values in (self.subset.means() if self.subset else {}).items():
-            result[name] |= values
+        if self.subset is not None:
+            means = self.subset.means()
+            for name in _TERMS:
+                result[name] |= means[name]
         return result
 
 

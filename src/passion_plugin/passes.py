@@ -16,8 +16,9 @@ from passion_plugin.backbone.calls import BackboneCall
 from passion_plugin.errors import BackboneError, PassionError, short
 from passion_plugin.overrides import overridden_forward
 from passion_plugin.random_state import kept_random_state, random_state, set_random_state
+from passion_plugin.segments import Segment
 from passion_plugin.skipping import skipping
-from passion_plugin.taps import FeatureRecord, Segment, Tap
+from passion_plugin.taps import FeatureRecord, Tap
 
 __all__ = ["FusedPass", "Prediction", "Skip", "explained", "fused_pass", "student_pass"]
 

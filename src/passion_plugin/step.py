@@ -41,7 +41,7 @@ class TrainingStep:
         raw: what the backbone returned.
         teacher: the fused prediction, without gradient.
         version: of the teacher's logits, to notice an in-place change by the user.
-        students: predictions that saw some modalities only; for PASSION one each.
+        students: predictions that saw some modalities only; for PASSION one each, unless ``subset_students``.
         presence: bool (B, M) on the CPU.
         active: bool (B, M) on the CPU: the sample has the modality and at least one other.
         image_size: spatial size of the images, None when unknown.
@@ -85,8 +85,8 @@ class TrainingStep:
 
         Raises:
             InputError: the batch is not usable.
-            UsageError: ``presence`` names more than the mask, which this strategy cannot use, or the backbone is
-                sharded and there are random students.
+            UsageError: ``presence`` names more than the mask, which this strategy cannot use, or a forward of the
+                backbone waits for all processes and ``subset_students`` draws other passes in each.
             BackboneError: what leaves the classifier is not usable, or reentrant activation checkpointing, seen in the
                 first batch.
         """
@@ -101,6 +101,12 @@ class TrainingStep:
         if not bound.trained:
             bound.lockstep = in_lockstep(bound.backbone)
         lockstep = bound.lockstep
+        if lockstep and config.subset_students:
+            raise UsageError(
+                "subset_students=True draws students anew in every process, but a forward of this backbone waits for "
+                "all processes, because it is sharded or has SyncBatchNorm layers: leave subset_students out, or use "
+                "DistributedDataParallel without SyncBatchNorm"
+            )
         wanted = config.skip_missing_encoders if bound.spec.skippable and not lockstep else False
         skip: Skip = "absent" if wanted == "auto" else "rows" if wanted else "no"
         keep_features = strategy.needs_features
@@ -122,11 +128,6 @@ class TrainingStep:
         segments = strategy.segments(available)
         stands_in = [False] * len(segments)
         if lockstep:
-            if config.subset_students:
-                raise UsageError(
-                    "subset_students=True draws other students in every process, but the passes of a sharded backbone "
-                    "have to be the same in all of them: switch it off, or use DistributedDataParallel"
-                )
             complete = torch.ones(1, len(bound.modalities), dtype=torch.bool)
             segments, stands_in = with_stand_ins(segments, strategy.segments(complete))
         with torch.set_grad_enabled(strategy.students == "trained"):
@@ -214,7 +215,9 @@ class TrainingStep:
         logits, spec = self.teacher.logits, self.bound.spec
         presence, active = self.presence.to(logits.device), self.active.to(logits.device)
         modalities = self.bound.modalities
-        alone = [student for student in self.students if len(student.modalities) == 1]
+        alone = self.students
+        if config.subset_students:
+            alone = [student for student in alone if len(student.modalities) == 1]
         matrices = collect_terms(self.teacher, alone, labels, modalities, config, spec.outputs, own_loss)
         subset = self._subset_terms(labels, config, own_loss) if config.subset_students else None
         supervised = active

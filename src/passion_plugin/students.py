@@ -16,7 +16,7 @@ from passion_plugin.heads import feature_maps
 from passion_plugin.missing.subsets import drop_modalities
 from passion_plugin.passes import FusedPass, Prediction, explained, student_pass
 from passion_plugin.random_state import kept_random_state
-from passion_plugin.taps import Segment
+from passion_plugin.segments import Segment
 
 __all__ = ["Student", "active_students", "merged", "random_subsets", "run_students", "with_stand_ins"]
 
@@ -81,8 +81,14 @@ def random_subsets(presence: Tensor) -> Tensor:
 
 
 def merged(students: Sequence[Student], name: str) -> Student:
-    """Put students of different rows together, as one under another name, with the rows in ascending order."""
+    """Put students of different rows together, as one under another name, with the rows in ascending order.
+
+    Raises:
+        UsageError: a row has several of them.
+    """
     rows, order = torch.cat([student.rows for student in students]).sort()
+    if len(rows.unique()) < len(rows):
+        raise UsageError("a sample can have one student of several modalities in a step, and the strategy gave it more")
     tensors = zip(*(student.prediction.tensors() for student in students), strict=True)
     joined = [torch.cat(parts) for parts in tensors]
     return Student((name,), rows, Prediction.of([each.index_select(0, order.to(each.device)) for each in joined]))

@@ -53,7 +53,7 @@ def how_to_balance(draw: st.DrawFn, plan: Plan) -> dict[str, Any]:
             "warmup_epochs": draw(pick([0, 1])),
             "modulation": draw(pick(["distillation", "none", "encoder"] if private else ["distillation", "none"])),
         }
-        chosen["subset_students"] = chosen["mode"] == "default" and draw(rarely)
+        chosen["subset_students"] = chosen["mode"] == "default" and len(plan.modalities) > 2 and draw(rarely)
     return {"strategy": strategy, "config": PassionConfig(**chosen)}
 
 

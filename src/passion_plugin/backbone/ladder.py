@@ -16,7 +16,7 @@ from passion_plugin.backbone.spec import BackboneSpec
 from passion_plugin.backbone.training import gradient_difference, light_difference, true_student
 from passion_plugin.errors import PassionError, short
 from passion_plugin.passes import Prediction, fused_pass, student_pass
-from passion_plugin.taps import Segment
+from passion_plugin.segments import Segment
 
 __all__ = ["Climb", "References", "climb", "references", "stacking_difference", "with_light_mode"]
 

@@ -24,7 +24,8 @@ from passion_plugin.errors import BackboneError
 from passion_plugin.overrides import Handler, overridden_forward
 from passion_plugin.passes import FusedPass, Prediction, Skip, fused_pass, student_pass
 from passion_plugin.reentrant import passes_reentrant, reentrant_problem
-from passion_plugin.taps import FeatureRecord, Segment
+from passion_plugin.segments import Segment
+from passion_plugin.taps import FeatureRecord
 
 __all__ = [
     "GradientPaths",

@@ -16,9 +16,9 @@ from passion_plugin.errors import ConfigError
 from passion_plugin.parallel import summed
 from passion_plugin.plain_values import is_number
 from passion_plugin.rarity import Rarity
+from passion_plugin.segments import Segment
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import comparable, compared, true_class_loss
-from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
     from passion_plugin.step import TrainingStep

@@ -16,8 +16,8 @@ from passion_plugin.logged import flat
 from passion_plugin.modulation import tied_encoders
 from passion_plugin.parallel import summed
 from passion_plugin.rarity import Rarity
+from passion_plugin.segments import Segment
 from passion_plugin.state_checks import cpu_copies, entry_problems
-from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
     from passion_plugin.backbone.binding import BoundBackbone

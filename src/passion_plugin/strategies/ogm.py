@@ -9,10 +9,10 @@ from torch import Tensor
 
 from passion_plugin.errors import ConfigError
 from passion_plugin.plain_values import is_number
+from passion_plugin.segments import Segment
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality, comparable, compared, ratio_to_others, true_class_probability
 from passion_plugin.students import active_students
-from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
     from passion_plugin.step import TrainingStep

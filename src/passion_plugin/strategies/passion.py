@@ -16,9 +16,9 @@ from passion_plugin.modulation import tied_encoders
 from passion_plugin.objective import LossTerms, UnimodalLoss, passion_objective
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.rarity import Rarity
+from passion_plugin.segments import Segment
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.students import active_students, random_subsets
-from passion_plugin.taps import Segment
 
 if TYPE_CHECKING:
     from passion_plugin.backbone.binding import BoundBackbone
@@ -69,6 +69,10 @@ class PassionRule(Strategy):
         if config.subset_students and len(modalities) < 3:
             raise ConfigError(
                 f"subset_students=True needs three modalities or more, and there are {tuple(modalities)}: leave it out"
+            )
+        if config.subset_students and "subset" in modalities:
+            raise ConfigError(
+                "subset_students=True reports its students under the name 'subset', which a modality has: rename that"
             )
         super().prepare(modalities, config, rarity)
         self.preference = PreferenceEstimator(
@@ -133,6 +137,8 @@ class PassionRule(Strategy):
 
     def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
         """Return the terms of a step before any weight: what a variation of the method overrides.
+
+        Students see one modality each, those of ``subset_students`` several.
 
         Args:
             step: as for :meth:`loss`.

@@ -14,10 +14,10 @@ from passion_plugin.losses import segmentation_loss
 from passion_plugin.plain_values import is_number
 from passion_plugin.preference import PreferenceEstimator
 from passion_plugin.rarity import Rarity
+from passion_plugin.segments import Segment
 from passion_plugin.strategies.base import Strategy
 from passion_plugin.strategies.scores import by_modality
 from passion_plugin.students import active_students
-from passion_plugin.taps import Segment
 from passion_plugin.targets import resize_labels
 
 if TYPE_CHECKING:
