@@ -172,7 +172,6 @@ class TestRecipes:
             ("passion:pixel=balanced,subset_students=True", "pixel is about students of one modality"),
             ("passion:rarity_cap=2,rarity_weights=False", "changes nothing beside rarity_weights=False"),
             ("passion-both:gate_by=class", "changes nothing beside gate=False"),
-            ("passion:pooled=True", "pooled=True needs a unimodal_loss"),
             ("passion:pixel=blanced", "pixel must be one of"),
             ("passion:teacher_decay=1", r"teacher_decay must be in \[0, 1\)"),
         ],

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps, trusted_divergence
+from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps
 from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.recipes import parse_recipe
-from examples.training import entropy_and_batch_dice
 from models import NAMES, MeanNet, batch, spec_of
 from passion_plugin import ConfigError, PassionConfig, PassionWrapper
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
@@ -72,24 +71,8 @@ class TestPixel:
         found = balanced_divergence(student, teacher, torch.zeros_like(labels), T)
         torch.testing.assert_close(found, pixel_distillation(student, teacher, T))
 
-    def test_only_a_better_teacher_is_trusted(self) -> None:
-        student, teacher, labels = logits_and_labels()
-        wanted = []
-        for s, t, y in zip(student.flatten(2), teacher.flatten(2), labels.flatten(1), strict=True):
-            voxels = [
-                divergence_at(s[:, v], t[:, v])
-                for v, k in enumerate(y.tolist())
-                if t[:, v].softmax(0)[k] > s[:, v].softmax(0)[k]
-            ]
-            wanted.append(T**2 / 3 * sum(voxels) / len(y))
-        found = trusted_divergence(student, teacher, labels, T)
-        assert found.tolist() == pytest.approx(wanted, rel=1e-12)
-        assert (found > 0).all()
-        assert (found < pixel_distillation(student, teacher, T)).all()
-
-    @pytest.mark.parametrize("pixel", ["balanced", "trusted"])
-    def test_it_takes_the_place_of_the_term_and_of_no_other(self, pixel: str) -> None:
-        found, plain = terms(wrap(net(), pixel=pixel)), terms(wrap(net()))
+    def test_it_takes_the_place_of_the_term_and_of_no_other(self) -> None:
+        found, plain = terms(wrap(net(), pixel="balanced")), terms(wrap(net()))
         assert not torch.equal(found.pixel, plain.pixel)
         assert torch.equal(found.pixel > 0, plain.active)
         for name in ("prototype", "distance", "unimodal", "gate"):
@@ -137,22 +120,6 @@ class TestGates:
         gaps = similarity_maps(student, masks) - similarity_maps(teacher, masks)
         squares = torch.where(masks.any(-1, keepdim=True), gaps.square(), 0).mean(-1).sum(1) / masks.any(-1).sum(1)
         torch.testing.assert_close(squares, prototype_distillation(student, teacher, labels, 3)[0])
-
-
-def test_a_pooled_loss_is_that_of_all_students_together() -> None:
-    seen = []
-
-    def own(logits: Tensor, labels: Tensor) -> Tensor:
-        seen.append(labels)
-        return entropy_and_batch_dice(logits, labels)
-
-    model = wrap(net(), unimodal_loss=own, pooled=True)
-    found = terms(model)
-    _, _, y = batch(PRESENCE, dtype=torch.float64)
-    # By modality first, as without it; then all of them: two students of the first modality, two, and one.
-    assert torch.equal(seen[-1], y[[0, 1, 0, 1, 1]])
-    assert len(found.unimodal[found.active].unique()) == 1
-    assert not found.unimodal[~found.active].any()
 
 
 def test_a_lone_sample_has_the_segmentation_loss_of_its_only_prediction() -> None:
@@ -228,8 +195,6 @@ class TestChoice:
             ({"pixel": "median"}, "pixel must be one of"),
             ({"gate_by": "slice"}, "gate_by must be one of"),
             ({"rarity_cap": 0.5}, "rarity_cap must be 1 or more"),
-            ({"pooled": 1}, "pooled must be True or False"),
-            ({"pooled": True}, "pooled=True needs a unimodal_loss"),
             ({"lone": 0}, "lone must be True or False"),
             ({"teacher_decay": 1.0}, r"teacher_decay must be in \[0, 1\)"),
             ({"teacher_decay": math.nan}, "teacher_decay must be in"),
@@ -242,7 +207,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("ideas", "config", "message"),
         [
-            ({"pixel": "trusted"}, {"subset_students": True}, "pixel is about students of one modality"),
+            ({"pixel": "balanced"}, {"subset_students": True}, "pixel is about students of one modality"),
             ({"gate_by": "class"}, {"subset_students": True}, "gate_by is about students of one modality"),
             ({"gate_by": "class"}, {"gate": False}, "gate_by='class' changes nothing beside gate=False"),
             ({"rarity_cap": 2}, {"rarity_weights": False}, "rarity_cap=2 changes nothing beside rarity_weights=False"),
@@ -267,9 +232,7 @@ class TestChoice:
         with pytest.raises(ConfigError, match="pixel: found 'balanced', expected 'mean'"):
             wrap(net(), gate_by="class").load_addon_state_dict(state)
 
-    @pytest.mark.parametrize(
-        "ideas", [{"pixel": "balanced"}, {"pixel": "trusted"}, {"gate_by": "class"}, {"gate_by": "voxel"}], ids=str
-    )
+    @pytest.mark.parametrize("ideas", [{"pixel": "balanced"}, {"gate_by": "class"}, {"gate_by": "voxel"}], ids=str)
     def test_terms_keep_their_digits_under_autocast(self, ideas: dict[str, Any]) -> None:
         torch.manual_seed(1)
         model = wrap(MeanNet(M), **ideas)

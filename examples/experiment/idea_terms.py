@@ -8,15 +8,7 @@ from torch.nn import functional as F
 
 from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
 
-__all__ = ["balanced_divergence", "gated_gaps", "similarity_maps", "trusted_divergence"]
-
-
-def voxel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Divergence of the student (n, K, *spatial) from the teacher at each voxel, summed over classes: (n, V)."""
-    dtype = wide_dtype(student, teacher)
-    with outside_autocast(student):
-        log_s, log_t = ((z.flatten(2).to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
-        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
+__all__ = ["balanced_divergence", "gated_gaps", "similarity_maps"]
 
 
 def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -30,25 +22,12 @@ def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temper
     """
     classes = student.shape[1]
     masks = class_masks(labels, classes, student.ndim)
-    sizes = masks.sum(-1)
-    divergence = voxel_divergence(student, teacher, temperature).unsqueeze(1)
+    sizes, dtype = masks.sum(-1), wide_dtype(student, teacher)
+    with outside_autocast(student):
+        log_s, log_t = ((z.flatten(2).to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
+        divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1, keepdim=True)
     means = torch.where(masks, divergence, 0).sum(-1) / sizes.clamp(min=1)
     return temperature**2 / classes * means.sum(1) / (sizes > 0).sum(1)
-
-
-def trusted_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Mean over the voxels of a sample, (n,), of the divergence where the teacher is nearer to the truth.
-
-    Args:
-        student: logits (n, K, *spatial).
-        teacher: logits of the same shape, without gradient.
-        labels: (n, *spatial), class numbers.
-        temperature: T.
-    """
-    truth = labels.flatten(1).unsqueeze(1)
-    ours, theirs = (logits.detach().flatten(2).softmax(1).gather(1, truth)[:, 0] for logits in (student, teacher))
-    divergence = voxel_divergence(student, teacher, temperature)
-    return temperature**2 / student.shape[1] * torch.where(theirs > ours, divergence, 0).mean(1)
 
 
 def similarity_maps(features: Tensor, masks: Tensor, eps: float = 1e-5) -> Tensor:

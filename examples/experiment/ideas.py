@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps, trusted_divergence
+from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps
 from passion_plugin import PassionConfig
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.losses._common import class_masks, wide_dtype
-from passion_plugin.objective import LossTerms, UnimodalLoss, unimodal_loss
+from passion_plugin.objective import LossTerms, UnimodalLoss
 from passion_plugin.passes import Prediction, fused_pass
 from passion_plugin.plain_values import is_number, is_one_of
 from passion_plugin.rarity import Rarity
@@ -32,7 +32,7 @@ from passion_plugin.targets import resize_labels
 
 __all__ = ["IDEAS", "PassionVariation"]
 
-Pixel = Literal["mean", "balanced", "trusted"]
+Pixel = Literal["mean", "balanced"]
 GateBy = Literal["modality", "class", "voxel"]
 
 
@@ -44,14 +44,10 @@ class PassionVariation(PassionRule):
 
     * ``pixel="balanced"``: :math:`K_{bm} = \frac{T^2}{K} \operatorname{mean}_k \frac1{n_{bk}} \sum_{v: y_{bv} = k}
       \delta_{bmv}`, the mean over the classes of the sample, so that the background is one class among others.
-    * ``pixel="trusted"``: :math:`K_{bm} = \frac{T^2}{K V} \sum_v \mathbf 1[p^t_{b y v} > p^m_{b y v}]\, \delta_{bmv}`:
-      only where the teacher gives more probability to the true class y than the student does.
     * ``gate_by="class"``: :math:`P_{bm} = \operatorname{mean}_k \omega_{bmk} \operatorname{mean}_v g_{bmkv}^2` with
       :math:`\omega_{bmk} = \mathbf 1[D_{bmk} > \bar D_{bk}]`, :math:`D_{bmk} = \operatorname{mean}_v |g_{bmkv}|` and
       :math:`\bar D_{bk}` its mean over the modalities of the sample.
     * ``gate_by="voxel"``: the same with :math:`\omega_{bmv}` from :math:`D_{bmv} = \operatorname{mean}_k |g_{bmkv}|`.
-    * ``pooled=True``: the students of a batch share one loss :math:`S` of all their samples together, which
-      stands for every :math:`S_{bm}`: a Dice over the batch is then one of all students and not of one or two samples.
     * ``lone=True``: a sample of one modality, which has no student, has the loss :math:`w_m u\, S_{bm}` of its only
       prediction all the same. Otherwise it counts 1 where a sample of several counts :math:`1 + u \sum_m w_m`.
     * ``rarity_cap=c``: :math:`w_m = \min(N / N_m, c)`.
@@ -65,7 +61,6 @@ class PassionVariation(PassionRule):
         unimodal_loss: see :class:`~passion_plugin.strategies.PassionRule`.
         pixel: how divergences of voxels become one number; ``"mean"`` is that of the library.
         gate_by: what the prototype distillation is switched for; ``"modality"`` is that of the library.
-        pooled: whether students share one loss.
         lone: whether samples of one modality have the uni-modal segmentation loss.
         rarity_cap: 1 or more; None: none.
         teacher_decay: in [0, 1); None: the teacher is the prediction that is trained.
@@ -80,7 +75,6 @@ class PassionVariation(PassionRule):
         *,
         pixel: Pixel = "mean",
         gate_by: GateBy = "modality",
-        pooled: bool = False,
         lone: bool = False,
         rarity_cap: float | None = None,
         teacher_decay: float | None = None,
@@ -91,17 +85,14 @@ class PassionVariation(PassionRule):
             for name, value, choices in (("pixel", pixel, get_args(Pixel)), ("gate_by", gate_by, get_args(GateBy)))
             if not is_one_of(value, choices)
         ]
-        for name, value in (("pooled", pooled), ("lone", lone)):
-            if not isinstance(value, bool):
-                problems.append(f"{name} must be True or False, got {value!r}")
-        if pooled is True and unimodal_loss is None:
-            problems.append("pooled=True needs a unimodal_loss: that of the library is a mean over samples anyway")
+        if not isinstance(lone, bool):
+            problems.append(f"lone must be True or False, got {lone!r}")
         if rarity_cap is not None and not is_number(rarity_cap, least=1):
             problems.append(f"rarity_cap must be 1 or more, or None, got {rarity_cap!r}")
         if teacher_decay is not None and not (is_number(teacher_decay, least=0, most=1) and teacher_decay < 1):
             problems.append(f"teacher_decay must be in [0, 1), or None, got {teacher_decay!r}")
         raise_problems(problems, what=type(self).__name__)
-        self.pixel, self.gate_by, self.pooled, self.lone = pixel, gate_by, pooled, lone
+        self.pixel, self.gate_by, self.lone = pixel, gate_by, lone
         self.rarity_cap, self.teacher_decay = rarity_cap, teacher_decay
         self._average: list[Tensor] = []
         self._steps = 0
@@ -117,7 +108,7 @@ class PassionVariation(PassionRule):
         for name, value in changed.items():
             if config.mode == "official":
                 problems.append(f"{name}={value!r} goes with the default mode, not the official")
-            if config.subset_students and name in ("pixel", "gate_by", "pooled"):
+            if config.subset_students and name in ("pixel", "gate_by"):
                 problems.append(f"{name} is about students of one modality: leave it or subset_students out")
             needed = {"rarity_cap": "rarity_weights", "gate_by": "gate"}.get(name)
             if needed and not getattr(config, needed):
@@ -157,8 +148,6 @@ class PassionVariation(PassionRule):
             terms = replace(terms, **kept, supervised=step.presence.to(where.device))
         if self.pixel != "mean":
             terms = replace(terms, pixel=self._pixel(step, labels))
-        if self.pooled and step.students:
-            terms = replace(terms, unimodal=torch.where(terms.supervised, self._pooled_loss(step, labels), 0))
         if self.gate_by != "modality":
             # The gate is inside of the term: that of the library stays open.
             terms = replace(terms, prototype=self._prototype(step, labels), gate=terms.active)
@@ -170,21 +159,14 @@ class PassionVariation(PassionRule):
 
     def _pixel(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """K (B, M)."""
-        divergence = {"balanced": balanced_divergence, "trusted": trusted_divergence}[self.pixel]
         logits = step.teacher.logits
         labels = resize_labels(labels, tuple(logits.shape[2:]))
         result = logits.new_zeros(step.presence.shape, dtype=wide_dtype(logits))
         for student in step.students:
             rows = student.rows.to(logits.device)
-            values = divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
+            values = balanced_divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
             result = result.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), values)
         return result
-
-    def _pooled_loss(self, step: TrainingStep, labels: Tensor) -> Tensor:
-        """S, a scalar."""
-        logits = torch.cat([student.prediction.logits for student in step.students])
-        rows = torch.cat([student.rows for student in step.students]).to(labels.device)
-        return unimodal_loss(logits, labels[rows], self.config, "softmax", self.unimodal_loss).mean()
 
     def _prototype(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """P (B, M), gated."""
