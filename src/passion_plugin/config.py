@@ -116,7 +116,7 @@ class PassionConfig:
         ]
         if not isinstance(self.skip_missing_encoders, bool) and not is_one_of(self.skip_missing_encoders, ("auto",)):
             problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
-        if self.mode == "official" and self.subset_students is True:
+        if is_one_of(self.mode, ("official",)) and self.subset_students is True:
             problems.append("subset_students=True goes with mode='default': the published code has no such students")
         for name in ("rarity_weights", "subset_students", "gate", "stack_students", "share_random_state"):
             if not isinstance(getattr(self, name), bool):

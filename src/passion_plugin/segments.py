@@ -49,6 +49,7 @@ class Segment:
             A segment for each subset that some row shows.
 
         Example:
+            >>> import torch
             >>> where = torch.tensor([[True, True, False], [False, False, False], [True, True, False]])
             >>> Segment.subsets(("flair", "t1", "t2"), where)
             [Segment(modalities=('flair', 't1'), rows=tensor([0, 2]))]
