@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps
+from examples.experiment.idea_terms import balanced_divergence, gated_gaps
 from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.recipes import parse_recipe
 from models import NAMES, MeanNet, batch, spec_of
@@ -17,6 +17,7 @@ from passion_plugin import ConfigError, PassionConfig, PassionWrapper
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
 from passion_plugin.losses._common import class_masks
 from passion_plugin.objective import LossTerms
+from passion_plugin.ops.prototype import similarity_maps
 
 M = NAMES[:3]
 RATES = (0.2, 0.5, 0.75)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
 
-__all__ = ["balanced_divergence", "gated_gaps", "similarity_maps"]
+__all__ = ["balanced_divergence", "gated_gaps"]
 
 
 def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -28,21 +28,6 @@ def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temper
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1, keepdim=True)
     means = torch.where(masks, divergence, 0).sum(-1) / sizes.clamp(min=1)
     return temperature**2 / classes * means.sum(1) / (sizes > 0).sum(1)
-
-
-def similarity_maps(features: Tensor, masks: Tensor, eps: float = 1e-5) -> Tensor:
-    """Cosine (n, K, V) of the feature of every voxel with the prototype of every class.
-
-    Args:
-        features: (n, C, *spatial).
-        masks: bool (n, K, V), the voxels of each class.
-        eps: smallest norm.
-    """
-    with outside_autocast(features):
-        f = features.flatten(2).to(wide_dtype(features))
-        sums = torch.einsum("ncv,nkv->nkc", f, masks.to(f.dtype))
-        prototypes = sums / (masks.sum(-1, keepdim=True) + eps)
-        return torch.einsum("nkc,ncv->nkv", F.normalize(prototypes, dim=2, eps=eps), F.normalize(f, dim=1, eps=eps))
 
 
 def gated_gaps(gaps: Tensor, active: Tensor, counted: Tensor, *, by_class: bool) -> Tensor:

@@ -16,12 +16,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps, similarity_maps
+from examples.experiment.idea_terms import balanced_divergence, gated_gaps
 from passion_plugin import PassionConfig
 from passion_plugin.backbone.binding import BoundBackbone
 from passion_plugin.errors import ConfigError, raise_problems
-from passion_plugin.losses._common import class_masks, wide_dtype
+from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
 from passion_plugin.objective import LossTerms, UnimodalLoss
+from passion_plugin.ops.prototype import similarity_maps
 from passion_plugin.passes import Prediction, fused_pass
 from passion_plugin.plain_values import is_number, is_one_of
 from passion_plugin.rarity import Rarity
@@ -97,7 +98,7 @@ class PassionVariation(PassionRule):
         self._average: list[Tensor] = []
         self._steps = 0
 
-    def go_with(self, config: PassionConfig) -> None:
+    def check_config(self, config: PassionConfig) -> None:
         """Check that what is changed is in use.
 
         Raises:
@@ -117,7 +118,7 @@ class PassionVariation(PassionRule):
 
     def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
         """Get ready for one model, with no rarity weight above the cap."""
-        self.go_with(config)
+        self.check_config(config)
         if self.rarity_cap is not None:
             rarity = replace(rarity, weights=tuple(min(weight, self.rarity_cap) for weight in rarity.weights))
         super().prepare(modalities, config, rarity)
@@ -173,12 +174,14 @@ class PassionVariation(PassionRule):
         features, classes = step.teacher.features, step.teacher.logits.shape[1]
         labels = resize_labels(labels, tuple(features.shape[2:]))
         masks = class_masks(labels, classes, features.ndim)
-        maps = similarity_maps(features, masks)
-        gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
-        for student in step.students:
-            rows = student.rows.to(features.device)
-            gap = similarity_maps(student.prediction.features, masks[rows]) - maps[rows]
-            gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
+        dtype = wide_dtype(features)
+        with outside_autocast(features):
+            maps = similarity_maps(features.to(dtype), masks)
+            gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
+            for student in step.students:
+                rows = student.rows.to(features.device)
+                gap = similarity_maps(student.prediction.features.to(dtype), masks[rows]) - maps[rows]
+                gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
         return gated_gaps(gaps, step.active.to(gaps.device), masks.any(-1), by_class=self.gate_by == "class")
 
     @torch.no_grad()

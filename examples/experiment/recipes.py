@@ -136,7 +136,7 @@ def _make(rule: str, overrides: dict[str, Any], loss: UnimodalLoss) -> dict[str,
     if not ideas:
         return {"config": config, "strategy": PassionRule(students)}
     variation = PassionVariation(students, **ideas)
-    variation.go_with(config)
+    variation.check_config(config)
     return {"config": config, "strategy": variation}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
 from passion_plugin.ops._dispatch import use_triton, voxel_chunks
 
-__all__ = ["EPS", "Passes", "plain_prototype_distillation", "prototype_distillation"]
+__all__ = ["EPS", "Passes", "plain_prototype_distillation", "prototype_distillation", "similarity_maps"]
 
 EPS = 1e-5
 
@@ -54,13 +54,13 @@ def plain_prototype_distillation(
             counted = ~_ignored(labels.flatten(1).unsqueeze(1), ignore_index)
             masks = masks & counted
         weights = _class_weights(masks.sum(-1), counted.sum(-1), official, dtype)
-        gap = _plain_maps(student.to(dtype), masks) - _plain_maps(teacher.detach().to(dtype), masks)
+        gap = similarity_maps(student.to(dtype), masks) - similarity_maps(teacher.detach().to(dtype), masks)
         gap = torch.where(counted, gap, 0.0)
         loss = _weighted(weights, gap.square().sum(-1))
         return loss, _weighted(weights, gap.detach().abs().sum(-1))
 
 
-def _plain_maps(features: Tensor, masks: Tensor) -> Tensor:
+def similarity_maps(features: Tensor, masks: Tensor) -> Tensor:
     """Cosine (B, K, V) of every voxel with the prototypes of the classes ``masks`` (B, K, V)."""
     f = features.flatten(2)
     sums = torch.bmm(masks.to(f.dtype), f.transpose(1, 2))
