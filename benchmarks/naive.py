@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import PassionConfig
+from passion_plugin.config import PassionConfig
 
 __all__ = [
     "cosine_by_sums",

@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks import naive
 from benchmarks.floor import Work
 from passion_plugin import losses
-from passion_plugin.ops._dispatch import Backend
-from passion_plugin.ops.pixel import plain_pixel_distillation
-from passion_plugin.ops.prototype import plain_prototype_distillation
-from passion_plugin.ops.segmentation import plain_segmentation
+from passion_plugin._types import Backend
+from passion_plugin.losses._pixel_op import plain_pixel_distillation
+from passion_plugin.losses._prototype_op import plain_prototype_distillation
+from passion_plugin.losses._segmentation_op import plain_segmentation
 
 __all__ = ["OPERATIONS", "Inputs", "Loss", "Operation", "forward_backward"]
 

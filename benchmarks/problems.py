@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import shells
-from passion_plugin import BackboneSpec, PassionWrapper, draw_presence
-from passion_plugin.backbone.binding import BoundBackbone
-from passion_plugin.backbone.calls import BackboneCall
+from passion_plugin.backbone import BackboneSpec
+from passion_plugin.backbone._adapter import BackboneAdapter
+from passion_plugin.backbone._calls import BackboneCall
+from passion_plugin.data import draw_presence
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["Batch", "Problem", "pose", "predict"]
 
@@ -73,12 +75,12 @@ def pose(
     wrapper = PassionWrapper(
         copy.deepcopy(backbone), tuple(rates), missing_rates=rates, spec=spec, example_input=x, example_mask=everything
     )
-    assert wrapper.passion.bound is not None
-    spec = wrapper.passion.bound.spec
+    assert wrapper.passion.adapter is not None
+    spec = wrapper.passion.adapter.spec
     if spec.students == "heads":
         raise SystemExit("the students of this backbone are heads of their own, for which there is no naive version")
     with torch.no_grad():
-        classes = predict(BoundBackbone(backbone, spec, tuple(rates)), x, everything)[1][0].shape[1]
+        classes = predict(BackboneAdapter(backbone, spec, tuple(rates)), x, everything)[1][0].shape[1]
     labels = shells(tuple(shape[2:]), classes).expand(shape[0], *shape[2:]).to(device)
     presence = draw_presence(draws * shape[0], rates, seed=0).presence
     masks = torch.tensor(presence, device=device).split(shape[0])
@@ -86,7 +88,7 @@ def pose(
     return Problem(backbone, spec, rates, batches)
 
 
-def predict(bound: BoundBackbone, x: Tensor, keep: Tensor) -> tuple[Any, list[Tensor]]:
+def predict(adapter: BackboneAdapter, x: Tensor, keep: Tensor) -> tuple[Any, list[Tensor]]:
     """Run the whole backbone with only ``keep`` (B, M) let through, and listen.
 
     Returns:
@@ -94,13 +96,13 @@ def predict(bound: BoundBackbone, x: Tensor, keep: Tensor) -> tuple[Any, list[Te
     """
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
-        for index, module in enumerate([bound.classifier, *bound.coarse]):
+        for index, module in enumerate([adapter.classifier, *adapter.coarse]):
             assert module is not None
 
             def keep_both(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, index: int = index) -> None:
                 seen[index] = (args[0], output)
 
             stack.enter_context(module.register_forward_hook(keep_both))
-        raw = bound.run_masked(BackboneCall((x, keep), {}), keep)
+        raw = adapter.run_masked(BackboneCall((x, keep), {}), keep)
     features, logits = seen[0]
     return raw, [logits, features, *(seen[index][1] for index in range(1, len(seen)))]

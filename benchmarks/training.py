@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import naive
 from benchmarks.measure import ParityError, relative_error
 from benchmarks.problems import Batch, Problem, predict
-from passion_plugin import PassionConfig, PassionWrapper
-from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin.backbone._adapter import BackboneAdapter
+from passion_plugin.config import PassionConfig
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["CANDIDATES", "CONFIGS", "Candidate", "build", "check_parity"]
 
@@ -96,17 +97,17 @@ class Naive(Candidate):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.bound = BoundBackbone(self.backbone, problem.spec, problem.modalities)
+        self.adapter = BackboneAdapter(self.backbone, problem.spec, problem.modalities)
         self.rates = tuple(problem.rates.values())
 
     def forward(self, batch: Batch) -> tuple[Any, Tensor | None]:
         """Return what the backbone returns, and the objective."""
-        raw, teacher = predict(self.bound, batch.x, batch.mask)
+        raw, teacher = predict(self.adapter, batch.x, batch.mask)
         students = []
         for m in range(len(self.rates)):
             alone = torch.zeros_like(batch.mask)
             alone[:, m] = True
-            students.append(predict(self.bound, batch.x, alone)[1])
+            students.append(predict(self.adapter, batch.x, alone)[1])
         config = PassionConfig()
         self.terms = naive.terms(teacher, students, batch.labels, config)
         return raw, naive.objective(self.terms, batch.mask, self.rates, config)

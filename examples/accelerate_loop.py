@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from examples.backbones import UHeMISLike
 from examples.incomplete_phantom import incomplete_phantom
-from passion_plugin import PassionWrapper
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 
@@ -42,7 +42,7 @@ def main(out: str | Path = "runs/accelerate", epochs: int = 3, patients: int = 8
                 optimizer.zero_grad()
             losses.append(loss.item())
         wrapper.end_epoch()  # 3: update the preference
-        accelerator.log(wrapper.metrics(), step=epoch)
+        accelerator.log(wrapper.passion.metrics(), step=epoch)
         accelerator.print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}")
     # The state of the wrapper holds numbers and names as well, which safetensors files cannot.
     accelerator.save_state(str(out), safe_serialization=False)

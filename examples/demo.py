@@ -31,19 +31,15 @@ from examples.data import Cohort, RandomPatches
 from examples.folders import load_cohort
 from examples.markdown import aligned
 from examples.training import train
-from passion_plugin import (
-    IncompleteDataset,
-    PassionConfig,
-    PassionWrapper,
-    Preference,
-    PresenceTable,
-    draw_presence,
-)
+from passion_plugin.config import PassionConfig
+from passion_plugin.data import IncompleteDataset, PresenceTable, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
-from passion_plugin.html_report import write_report
-from passion_plugin.plot import plot_preference
-from passion_plugin.runs import RunLog
+from passion_plugin.report import plot_preference
+from passion_plugin.report._log import RunLog
+from passion_plugin.report._page import write_report
+from passion_plugin.training import EpochReport
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["Run", "compare", "main", "parser", "run", "table", "write"]
 
@@ -61,7 +57,7 @@ class Run:
 
     model: nn.Module
     results: SubsetResults
-    history: list[Preference]
+    history: list[EpochReport]
     seconds: float
 
 

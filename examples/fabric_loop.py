@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from examples.backbones import UHeMISLike
 from examples.incomplete_phantom import incomplete_phantom
-from passion_plugin import PassionWrapper
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 
@@ -40,7 +40,7 @@ def main(out: str | Path = "runs/fabric", epochs: int = 3, patients: int = 8, si
             optimizer.zero_grad()
             losses.append(loss.item())
         wrapper.end_epoch()  # 3: update the preference
-        fabric.log_dict(wrapper.metrics(), step=epoch)
+        fabric.log_dict(wrapper.passion.metrics(), step=epoch)
         print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}")
     fabric.save(Path(out) / "last.ckpt", {"model": model, "optimizer": optimizer, "passion": wrapper.passion})
     return losses

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from passion_plugin.data import all_subsets, subset_mask, subset_name
 from passion_plugin.evaluation import SubsetResults
-from passion_plugin.missing import all_subsets, subset_mask, subset_name
-from passion_plugin.plot import plot_overlay
-from passion_plugin.plot.canvas import new_figure
-from passion_plugin.plot.grids import draw_grid
-from passion_plugin.plot.overlay import best_slice, draw_case, label_legend
+from passion_plugin.report import plot_overlay
+from passion_plugin.report._canvas import new_figure
+from passion_plugin.report._grids import draw_grid
+from passion_plugin.report._overlay import best_slice, draw_case, label_legend
 
 if TYPE_CHECKING:
     from examples.data import Cohort

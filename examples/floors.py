@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from examples.data import Cases
 from examples.folders import sts_slices
 from passion_plugin.errors import ConfigError
-from passion_plugin.evaluation.metrics import dice_scores
+from passion_plugin.evaluation import dice_scores
 
 __all__ = ["best_threshold", "floors", "mean_dice"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from passion_plugin import IncompleteDataset, PresenceTable, draw_presence
+from passion_plugin.data import IncompleteDataset, PresenceTable, draw_presence
 from passion_plugin.phantom import PhantomDataset
 
 __all__ = ["incomplete_phantom"]

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from examples.backbones import UHeMISLike
 from examples.incomplete_phantom import incomplete_phantom
-from passion_plugin import PassionWrapper, PresenceTable
+from passion_plugin.data import PresenceTable
 from passion_plugin.integrations.lightning import PassionCallback
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["Segmentation", "main"]
 

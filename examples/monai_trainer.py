@@ -16,11 +16,11 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from examples.incomplete_phantom import incomplete_phantom
-from passion_plugin import PassionWrapper
 from passion_plugin.evaluation import BRATS_REGIONS, SubsetResults, evaluate_subsets, sliding_window_predict
 from passion_plugin.integrations.loss import PassionLoss
 from passion_plugin.integrations.monai import PassionHandler
 from passion_plugin.phantom import PhantomDataset
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["EncoderPerModality", "main"]
 

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from examples.backbones import UHeMISLike
 from examples.training import criterion
-from passion_plugin import IncompleteDataset, PassionWrapper, draw_presence
+from passion_plugin.data import IncompleteDataset, draw_presence
 from passion_plugin.phantom import CLASSES, MODALITIES, PhantomDataset
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 
@@ -80,7 +81,7 @@ class Training:
         state = {
             "step": self.step,
             "backbone": self.model.backbone.state_dict(),
-            "passion": self.model.addon_state_dict(),
+            "passion": self.get_passion_state_dict(model),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},

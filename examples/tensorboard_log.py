@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from examples.backbones import UHeMISLike
 from examples.incomplete_phantom import incomplete_phantom
-from passion_plugin import PassionWrapper
 from passion_plugin.integrations.logging import MetricsLogger
 from passion_plugin.integrations.tensorboard import TensorBoardLog
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from examples.backbones import UHeMISLike
-from passion_plugin import IncompleteDataset, PassionWrapper, draw_presence
+from passion_plugin.data import IncompleteDataset, draw_presence
 from passion_plugin.phantom import PhantomDataset
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 

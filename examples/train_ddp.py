@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.backbones import UHeMISLike
-from passion_plugin import IncompleteDataset, PassionWrapper, draw_presence
+from passion_plugin.data import IncompleteDataset, draw_presence
 from passion_plugin.phantom import PhantomDataset
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 
@@ -75,7 +76,7 @@ def train(device: torch.device, epochs: int, patients: int, size: int, out: Path
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        torch.save({"backbone": backbone.state_dict(), "passion": model.addon_state_dict()}, out / "checkpoint.pt")
+        torch.save({"backbone": backbone.state_dict(), "passion": get_passion_state_dict(model)}, out / "checkpoint.pt")
 
 
 if __name__ == "__main__":

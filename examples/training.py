@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passion_plugin import PassionWrapper, Preference
 from passion_plugin.losses import dice_loss, weighted_cross_entropy
+from passion_plugin.training import EpochReport
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["TASKS", "criterion", "train"]
 
@@ -76,7 +77,7 @@ def train(
     quiet: bool = False,
     log: Callable[[dict[str, float], int], None] | None = None,
     after_step: Callable[[], Any] | None = None,
-) -> list[Preference]:
+) -> list[EpochReport]:
     """An ordinary training loop; the three places that know of PASSION are numbered.
 
     Args:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 # Shared runners are slow and uneven: a time limit per example fails for reasons that are not ours.
 # In CI the examples are the same on every run, so that a red run can be repeated.

@@ -94,7 +94,7 @@ class Ranks:
 def _serve(rank: int, folder: str, pipe: Connection) -> None:
     from importlib import import_module
 
-    from passion_plugin import PassionWarning
+    from passion_plugin.errors import PassionWarning
 
     warnings.filterwarnings("error", category=PassionWarning)
     torch.set_num_threads(1)

@@ -21,20 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 import passion_plugin
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
-from passion_plugin import (
-    BackboneError,
-    ConfigError,
-    InputError,
-    Passion,
-    PassionConfig,
-    PassionWarning,
-    PassionWrapper,
-    UsageError,
-    overrides,
-)
+from passion_plugin.backbone import _patching as overrides
+from passion_plugin.backbone._patching import one_at_a_time, undone
+from passion_plugin.baselines import AGM
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import BackboneError, ConfigError, InputError, PassionWarning, UsageError
 from passion_plugin.losses import prototype_distillation
-from passion_plugin.overrides import one_at_a_time, undone
-from passion_plugin.strategies import AGM
+from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
 MIXED = [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
@@ -91,8 +84,8 @@ def same(first: Any, second: Any) -> bool:
 
 def goes_on(model: PassionWrapper) -> None:
     """The next steps give the loss and gradients of a new wrapper on a copy of the network."""
-    bound = model.passion.bound
-    students = "replay" if bound is None else bound.spec.students
+    adapter = model.passion.adapter
+    students = "replay" if adapter is None else adapter.spec.students
     fresh = wrap(copy.deepcopy(model.backbone), students=students, **model.passion.config.as_dict())
     for wrapper in (model, fresh):
         wrapper.zero_grad()
@@ -178,10 +171,10 @@ class TestExceptions:
         torch.manual_seed(3)
         net.trap(place).set(call, error("on purpose"))
         # Of a student pass, which the user never asked for, the error says so; a Ctrl-C stays one.
-        explained = call > 1 and issubclass(error, Exception)
-        with pytest.raises(BackboneError if explained else error, match="on purpose") as raised:
+        explain_errors = call > 1 and issubclass(error, Exception)
+        with pytest.raises(BackboneError if explain_errors else error, match="on purpose") as raised:
             model(x, mask, passion_target=y)
-        assert isinstance(raised.value.__cause__ if explained else raised.value, error)
+        assert isinstance(raised.value.__cause__ if explain_errors else raised.value, error)
         random_state = torch.get_rng_state()
         # The bare network fails in the same place of its only pass, or gets through it.
         torch.manual_seed(3)
@@ -229,7 +222,7 @@ class TestExceptions:
 
     def test_with_an_attached_engine_too(self) -> None:
         net = TrappedNet()
-        passion = Passion.attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
+        passion = attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
         x, mask, y = batch(MIXED)
         for call in range(1, 5):
             before = {key: value for key, value in holdings(net).items() if not key.endswith(":value")}
@@ -261,7 +254,7 @@ class TestExceptions:
         model = wrap(modulation="encoder")
         x, mask, y = batch(MIXED)
         model(x, mask, passion_target=y)[1].backward()
-        before = model.addon_state_dict()
+        before = get_passion_state_dict(model)
 
         def failing(*_: Any, **__: Any) -> Any:
             raise error("on purpose")
@@ -274,7 +267,7 @@ class TestExceptions:
             patch.setattr("passion_plugin.strategies.passion.passion_objective", failing)
             with pytest.raises(error, match="on purpose"):
                 model(x, mask, passion_target=y) if single else both()
-        assert same(model.addon_state_dict(), before)
+        assert same(get_passion_state_dict(model), before)
         assert not any(parameter._backward_hooks for parameter in model.parameters())
         with pytest.raises(UsageError, match="nothing to compute a loss from"):
             model.passion_loss(y)
@@ -384,7 +377,7 @@ class TestNotFinite:
             x[1, 2, 0, 0] = float("inf") if seed % 2 else float("nan")
             with pytest.raises(InputError, match=r"marked present: 't1' of sample 1\. Mark it missing"):
                 model(x, mask, passion_target=y)
-        assert same(model.addon_state_dict(), other.addon_state_dict())
+        assert same(get_passion_state_dict(model), get_passion_state_dict(other))
         assert same(model.state_dict(), other.state_dict())
         assert torch.equal(model.end_epoch().beta, other.end_epoch().beta)
 
@@ -405,9 +398,9 @@ class TestNotFinite:
         assert torch.equal(found.counts, wanted.counts)
         assert found.skipped is not None
         assert found.skipped.tolist() == [1, 1, 1]
-        assert model.metrics()["skipped/t1"] == 1
-        assert "skipped/t1" not in other.metrics()
-        assert all(value == value for value in model.metrics().values())
+        assert model.passion.metrics()["skipped/t1"] == 1
+        assert "skipped/t1" not in other.passion.metrics()
+        assert all(value == value for value in model.passion.metrics().values())
         model(*overflowing([2])[:2], passion_target=y)
         again = model.end_epoch()  # A second warning would be an error here.
         assert again.skipped is not None
@@ -466,21 +459,21 @@ class TestNotFinite:
         model = wrap(net, strategy=AGM())
         for seed in range(3):
             step(model, seed=seed)
-            factors = {key: value for key, value in model.metrics().items() if key.startswith("factor/")}
+            factors = {key: value for key, value in model.passion.metrics().items() if key.startswith("factor/")}
             assert set(factors) == {f"factor/{name}" for name in M}
             assert all(0 <= value < float("inf") for value in factors.values())
 
 
 def _factors(model: PassionWrapper) -> list[float]:
     """What a rule keeps of a step, and what it would go on with."""
-    state = copy.deepcopy(model.addon_state_dict())
+    state = copy.deepcopy(get_passion_state_dict(model))
     for part in (state.get("strategy_state", {}), state.get("preference", {})):
         for key in ("_skipped", "skipped", "_sums", "_counts", "samples_seen"):
             part.pop(key, None)
         if "estimator" in part:
             part["estimator"] = {key: part["estimator"][key] for key in ("sums", "counts", "beta")}
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-    factors = [value for key, value in model.metrics().items() if key.startswith("factor/")]
+    factors = [value for key, value in model.passion.metrics().items() if key.startswith("factor/")]
     return [*factors, *(float(value) for tensor in tensors for value in tensor.flatten())]
 
 
@@ -538,10 +531,10 @@ class TestOddBatches:
         report = model.end_epoch()
         assert report.counts[2] == 0
         assert report.as_dict()["t1"]["beta"] == (
-            before if rule in (None, "redcore") else model.passion.strategy.neutral
+            before if rule in (None, "redcore") else model.passion.strategy.default_factor
         )
         assert report.relative_preference[2] == 0
-        assert not {"relative_preference/t1", "pixel/t1", "skipped/t1"} & set(model.metrics())
+        assert not {"relative_preference/t1", "pixel/t1", "skipped/t1"} & set(model.passion.metrics())
         step(model, [[1, 1, 1]])
         assert any(gradient.any() for name, gradient in copies_gradients(net).items() if ".t1." in name)
         assert model.end_epoch().counts[2] > 0
@@ -560,7 +553,7 @@ class TestOddBatches:
         assert all(torch.equal(gradient, wanted[name]) for name, gradient in copies_gradients(net).items())
         with pytest.warns(PassionWarning, match="single modality") if rule in (None, "redcore") else _nothing():
             report = model.end_epoch()
-        assert torch.equal(report.beta, torch.full((3,), model.passion.strategy.neutral, dtype=torch.float64))
+        assert torch.equal(report.beta, torch.full((3,), model.passion.strategy.default_factor, dtype=torch.float64))
         goes_on(model) if rule is None else step(model)
 
 
@@ -596,7 +589,7 @@ class TestSomebodyElse:
 
     def test_taking_away_the_forward_of_an_attached_engine_is_an_error_at_the_next_loss(self) -> None:
         net = MeanNet(M)
-        passion = Passion.attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
+        passion = attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
         x, mask, y = batch(MIXED)
         net(x, mask)
         del net.__dict__["forward"]
@@ -608,7 +601,7 @@ class TestSomebodyElse:
 
     def test_detach_leaves_a_forward_that_somebody_put_around_ours(self) -> None:
         net = MeanNet(M)
-        passion = Passion.attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
+        passion = attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
         ours, calls = net.forward, []
 
         def theirs(*args: Any, **kwargs: Any) -> Any:
@@ -691,7 +684,7 @@ class TestTwoEngines:
 
         def engine(how: str) -> Any:
             if how == "attached":
-                return Passion.attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
+                return attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
             other: Any = net
             if how == "compiled":
                 other = torch.compile(net, backend="eager")
@@ -700,11 +693,13 @@ class TestTwoEngines:
             return PassionWrapper(other, M, missing_rates=RATES)
 
         one = engine(first)
-        with pytest.raises(UsageError, match=r"this backbone.* has a Passion engine already; unwrap\(\) or detach\(\)"):
+        with pytest.raises(
+            UsageError, match=r"this backbone.* has a PassionEngine engine already; unwrap\(\) or detach\(\)"
+        ):
             engine(second)
         one.unwrap() if first == "wrapper" else one.detach()
         two = engine(second)
-        with pytest.raises(UsageError, match="has a Passion engine already"):
+        with pytest.raises(UsageError, match="has a PassionEngine engine already"):
             engine(first)
         del two
         if second != "attached":
@@ -745,7 +740,7 @@ class TestThreads:
 
     def test_replicas_of_an_attached_backbone_never_give_a_loss(self) -> None:
         net = MeanNet(M)
-        passion = Passion.attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
+        passion = attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
         x, mask, y = batch(MIXED)
         replica: Any = net._replicate_for_data_parallel()
         assert _in_thread(lambda: replica(x, mask)).shape == (3, 3, 4, 4)

@@ -12,18 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import NAMES, MeanNet, NoMaskNet, batch, spec_of
-from passion_plugin import (
-    BackboneError,
-    ConfigError,
-    InputError,
-    Passion,
-    PassionConfig,
-    PassionError,
-    PassionWarning,
-    PassionWrapper,
-    PresenceTable,
-    UsageError,
-)
+from passion_plugin.config import PassionConfig
+from passion_plugin.data import PresenceTable
+from passion_plugin.errors import BackboneError, ConfigError, InputError, PassionError, PassionWarning, UsageError
+from passion_plugin.training import PassionEngine
+from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
 MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
@@ -51,7 +44,7 @@ class TestSetUp:
     )
     def test_modalities_must_be_at_least_two_different_names(self, modalities: Any, message: str, attach: bool) -> None:
         net = MeanNet(M)
-        use: Any = Passion.attach if attach else PassionWrapper
+        use: Any = PassionEngine.attach if attach else PassionWrapper
         with pytest.raises(ConfigError, match=message):
             use(net, modalities=modalities, missing_rates=RATES)
         assert "forward" not in vars(net)
@@ -285,7 +278,7 @@ class TestImages:
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
         with pytest.raises(UsageError):
             model.passion_loss(y)
-        assert model.preference.samples_seen == 0
+        assert model.passion.preference.samples_seen == 0
 
 
 class TestTargets:
@@ -316,7 +309,7 @@ class TestTargets:
         model(x, mask)
         with pytest.raises(InputError, match=f"(?s){message}"):
             model.passion_loss(change(y))
-        assert model.preference.samples_seen == 0
+        assert model.passion.preference.samples_seen == 0
         assert model.passion_loss(y) > 0, "the step waits for a target that fits"
 
     def test_a_transposed_target_is_not_resized_in_silence(self) -> None:
@@ -371,18 +364,18 @@ class TestOrder:
         model.passion_loss(y)
         with pytest.raises(UsageError, match="passion_loss once after each forward"):
             model.passion_loss(y)
-        assert model.preference.samples_seen == 3
+        assert model.passion.preference.samples_seen == 3
 
     def test_terms_need_a_loss(self) -> None:
         model = wrap()
         x, mask, y = batch(MIXED)
         with pytest.raises(UsageError, match=r"call forward in training mode, then passion_loss\(target\)"):
-            model.loss_terms()
+            model.passion.loss_terms()
         model(x, mask)
         with pytest.raises(UsageError, match="no loss terms yet"):
-            model.loss_terms()
+            model.passion.loss_terms()
         model.passion_loss(y)
-        assert model.loss_terms().modalities == M
+        assert model.passion.loss_terms().modalities == M
 
     def test_an_empty_epoch_warns_once_and_changes_nothing(self) -> None:
         model = wrap()

@@ -25,7 +25,8 @@ from fuzzing.entrances import ENTRANCES
 from fuzzing.mistakes import IMAGES, MASKS, NONSENSE, TARGETS
 from fuzzing.nets import Plan, build, plans, right_spec
 from fuzzing.settings import how_to_balance, plain_balance
-from passion_plugin import PassionError, PassionWarning, PassionWrapper
+from passion_plugin.errors import PassionError, PassionWarning
+from passion_plugin.wrapper import PassionWrapper
 from zoo.reference import fingerprint, first_difference
 
 RATE = 0.25
@@ -78,7 +79,7 @@ def step(model: PassionWrapper, batch: Batch) -> Tensor:
     (loss + sum(leaf.square().mean() for leaf in tree_leaves(raw))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
-    assert all(abs(value) < float("inf") for value in model.metrics().values())
+    assert all(abs(value) < float("inf") for value in model.passion.metrics().values())
     return loss
 
 
@@ -217,10 +218,12 @@ CALLS: dict[str, Callable[[PassionWrapper, Batch], Any]] = {
     "inference_mode": lambda model, batch: torch.inference_mode()(run)(model, batch, **batch.ours()),
     "autocast": lambda model, batch: torch.autocast("cpu", torch.bfloat16)(step)(model, batch),
     "disabled": lambda model, batch: in_disabled(model, batch),
-    "metrics": lambda model, batch: model.metrics(),
-    "loss_terms": lambda model, batch: model.loss_terms(),
+    "metrics": lambda model, batch: model.passion.metrics(),
+    "loss_terms": lambda model, batch: model.passion.loss_terms(),
     "save and load": lambda model, batch: model.load_state_dict(copy.deepcopy(model.state_dict())),
-    "add-on": lambda model, batch: model.load_addon_state_dict(pickle.loads(pickle.dumps(model.addon_state_dict()))),
+    "add-on": lambda model, batch: model.load_addon_state_dict(
+        pickle.loads(pickle.dumps(get_passion_state_dict(model)))
+    ),
     "another add-on": lambda model, batch: model.load_addon_state_dict({"format": 1, "modalities": [], "heads": {}}),
     "copy": lambda model, batch: step(copy.deepcopy(model).train(), batch),
     "pickle": lambda model, batch: step(pickle.loads(pickle.dumps(model)).train(), batch),
@@ -232,7 +235,7 @@ CALLS: dict[str, Callable[[PassionWrapper, Batch], Any]] = {
 
 
 def in_disabled(model: PassionWrapper, batch: Batch) -> None:
-    with model.passion_disabled():
+    with model.passion.disabled():
         run(model, batch)
 
 

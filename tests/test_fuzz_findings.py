@@ -9,20 +9,13 @@ import pytest
 import torch
 
 from models import NAMES, MeanNet, NoMaskNet, batch, spec_of
-from passion_plugin import (
-    BackboneError,
-    BackboneSpec,
-    ConfigError,
-    InputError,
-    PassionConfig,
-    PassionWrapper,
-    PreferenceEstimator,
-    PresenceTable,
-    draw_presence,
-)
-from passion_plugin.errors import raise_problems, suggest
-from passion_plugin.missing import EvenSubsets, blank_missing, drop_modalities, parse_subset
-from passion_plugin.strategies import AGM, OGMGE, PMR, named_strategy
+from passion_plugin.backbone import BackboneSpec
+from passion_plugin.baselines import AGM, OGMGE, PMR, named_strategy
+from passion_plugin.config import PassionConfig
+from passion_plugin.data import EvenSubsets, PresenceTable, blank_missing, draw_presence, drop_modalities, parse_subset
+from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
+from passion_plugin.training import PreferenceEstimator
+from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
 MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
@@ -136,7 +129,7 @@ class TestTensors:
             model(x, passion_presence=mask.to("meta"))
 
     def test_a_meta_list_of_indices_is_refused(self) -> None:
-        model = wrap(mask_format="indices", mixed_masks=False)
+        model = wrap(mask_format="indices", per_sample_masks=False)
         x, _, _ = batch([[1, 1, 1]])
         with pytest.raises(InputError, match="the mask is on the meta device"):
             model(x, torch.zeros(2, device="meta"))
@@ -176,7 +169,7 @@ class TestTensors:
 class TestFunctions:
     @pytest.mark.parametrize("value", [None, 3, torch.zeros(2)], ids=["none", "number", "shape"])
     def test_absent_must_return_images(self, value: Any) -> None:
-        model = wrap(absent=lambda x, keep: value)
+        model = wrap(fill_missing=lambda x, keep: value)
         x, mask, _ = batch(MIXED)
         with pytest.raises(BackboneError, match=r"BackboneSpec\.absent gave a .* for a torch.float32 tensor"):
             model(x, mask)
@@ -207,9 +200,15 @@ class TestSettings:
     def test_every_field_of_a_spec_has_a_kind_and_all_wrong_ones_are_told(self) -> None:
         wrong: dict[str, Any] = {
             **{"classifier": ARRAY, "encoders": None, "coarse": "head", "outputs": ARRAY, "input_argument": ()},
-            **{"mask_argument": 1.5, "mask_format": 3, "mask_meaning": None, "mask_columns": 7, "mixed_masks": "yes"},
-            **{"light": 3, "light_arguments": [], "absent": 0, "call": "f", "unimodal_outputs": 1, "students": ARRAY},
-            **{"copy_features": None, "stackable": 1, "skippable": torch.zeros(2)},
+            **{
+                "mask_argument": 1.5,
+                "mask_format": 3,
+                "mask_meaning": None,
+                "mask_columns": 7,
+                "per_sample_masks": "yes",
+            },
+            **{"light": 3, "student_kwargs": [], "absent": 0, "call": "f", "unimodal_outputs": 1, "students": ARRAY},
+            **{"copy_features": None, "stackable": 1, "can_skip_encoders": torch.zeros(2)},
         }
         assert set(wrong) == set(BackboneSpec.__dataclass_fields__)
         with pytest.raises(ConfigError, match=f"{len(wrong)} problems") as caught:

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
-from passion_plugin import BackboneError, Passion, PassionConfig, PassionWarning, PassionWrapper
-from passion_plugin.backbone import BackboneSpec
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import BackboneError, PassionWarning
+from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
 PRESENCE = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
@@ -101,7 +102,7 @@ def test_both_call_styles_give_bitwise_identical_gradients(modulation: Any) -> N
     found = []
     for single in (True, False):
         model = wrap(copy.deepcopy(net), config=PassionConfig(modulation=modulation))
-        model.preference._beta = torch.tensor([0.5, 1.25, 2.0], dtype=torch.float64)
+        model.passion.preference._beta = torch.tensor([0.5, 1.25, 2.0], dtype=torch.float64)
         if single:
             prediction, extra = model(x, mask, passion_target=y)
         else:
@@ -139,7 +140,7 @@ def test_passion_disabled_trains_like_the_bare_backbone_and_keeps_the_pending_st
     x, mask, y = batch(PRESENCE)
     model(x, mask)
     calls = counting(net)
-    with model.passion_disabled():
+    with model.passion.disabled():
         model(x, mask)
         assert set(calls.values()) == {1}
     assert model.passion_loss(y) > 0
@@ -150,14 +151,14 @@ def test_passion_disabled_trains_like_the_bare_backbone_and_keeps_the_pending_st
 def test_passion_disabled_leaves_gradients_alone_under_encoder_modulation() -> None:
     net = MeanNet(M)
     model = wrap(net, config=PassionConfig(modulation="encoder"))
-    model.preference._beta = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    model.passion.preference._beta = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     x, mask, y = batch(PRESENCE)
     model(x, mask, passion_target=y)[1].backward()
     bare = copy.deepcopy(net)
     bare.zero_grad()
     bare(x, mask).square().sum().backward()
     net.zero_grad()
-    with model.passion_disabled():
+    with model.passion.disabled():
         model.backbone(x, mask).square().sum().backward()
     assert torch.equal(net.encoders["flair"][0].weight.grad, bare.encoders["flair"][0].weight.grad)
     model(x, mask, passion_target=y)
@@ -176,7 +177,7 @@ def test_unwrap_leaves_nothing_behind(config: PassionConfig, detected: bool) -> 
     spec = None if detected else spec_of(net)
     if detected:
         x, mask, _ = batch(PRESENCE)
-        spec = BackboneSpec.detect(net, x, torch.ones_like(mask), modalities=M)
+        spec = detect_spec(net, x, torch.ones_like(mask), modalities=M)
     model = PassionWrapper(net, M, missing_rates=rates, spec=spec, config=config)
     x, mask, y = batch(PRESENCE)
     for _ in range(2):
@@ -200,7 +201,7 @@ def test_unwrap_puts_encoder_hooks_away_even_between_forward_and_backward() -> N
 def test_the_unwrapped_wrapper_only_passes_calls_through() -> None:
     net = MeanNet(M)
     model = wrap(net)
-    with model.passion_disabled():
+    with model.passion.disabled():
         model.unwrap()
     calls = counting(net)
     x, mask, _ = batch(PRESENCE)
@@ -302,7 +303,7 @@ def test_whether_passes_are_collective_is_asked_at_the_first_step_only_and_again
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[nn.Module] = []
-    monkeypatch.setattr("passion_plugin.step.in_lockstep", lambda net: bool(asked.append(net)))
+    monkeypatch.setattr("passion_plugin.step.has_collective_forward", lambda net: bool(asked.append(net)))
     model = wrap(MeanNet(M))
     x, mask, y = batch(PRESENCE)
     for _ in range(3):
@@ -319,7 +320,7 @@ def test_the_warning_of_a_dropped_step_is_about_the_line_that_called(how: str) -
     for _ in range(2):
         net = MeanNet(M)
         if how == "attached":
-            Passion.attach(net, modalities=M, missing_rates=[0.5] * 3, spec=spec_of(net))
+            attach(net, modalities=M, missing_rates=[0.5] * 3, spec=spec_of(net))
         calls.append(net if how == "attached" else nn.ModuleList([wrap(net)])[0])
     extra = {"passion_target": y} if how == "single call" else {}
     with warnings.catch_warnings(record=True) as caught:
@@ -394,7 +395,7 @@ def test_light_mode_is_on_in_student_passes_only() -> None:
 def test_light_may_replace_a_submodule_and_gives_it_back() -> None:
     net = DeepNet(M)
     aux = net.separate
-    model = wrap(net, light={"separate": nn.Identity()})
+    model = wrap(net, student_mode={"separate": nn.Identity()})
     x, mask, _ = batch(PRESENCE)
     model(x, mask)
     assert net.separate is aux
@@ -420,7 +421,7 @@ def test_light_may_be_a_context_manager_and_may_add_arguments() -> None:
 
     net = Quick(M)
     x, mask, _ = batch([[1, 1, 0]])
-    wrap(net, light=light, light_arguments={"quick": True})(x, mask)
+    wrap(net, student_mode=light, student_kwargs={"quick": True})(x, mask)
     assert entered == [net, net]
     assert seen == [False, True, True]
 
@@ -445,8 +446,8 @@ def test_a_backbone_without_mask_is_told_by_passion_presence() -> None:
     found = model(x, passion_presence=mask)
     assert torch.equal(found, net(x))
     model.passion_loss(y)
-    assert torch.equal(model.loss_terms().active, mask & (mask.sum(1, keepdim=True) > 1))
-    assert (model.loss_terms().pixel[model.loss_terms().active] > 1e-9).all()
+    assert torch.equal(model.passion.loss_terms().active, mask & (mask.sum(1, keepdim=True) > 1))
+    assert (model.passion.loss_terms().pixel[model.passion.loss_terms().active] > 1e-9).all()
     with pytest.raises(ValueError, match="pass passion_presence="):
         model(x)
 
@@ -459,7 +460,7 @@ def test_passion_presence_lets_students_see_what_a_random_subset_hides_from_the_
     prediction = model(x, subset, passion_presence=everything)
     assert torch.equal(prediction, net(x, subset))
     model.passion_loss(y)
-    terms = model.loss_terms()
+    terms = model.passion.loss_terms()
     assert terms.active.all()
     # The teacher of the second sample is its own student for the only modality that it sees.
     assert terms.pixel[1, 1].abs() < 1e-6

@@ -45,7 +45,7 @@ def detected(name: str) -> BackboneSpec:
 
 
 def detect(entry: ZooEntry, backbone: nn.Module) -> BackboneSpec:
-    return BackboneSpec.detect(backbone, *entry.full_example(), modalities=entry.modalities, **entry.spec)
+    return detect_spec(backbone, *entry.full_example(), modalities=entry.modalities, **entry.spec)
 
 
 def wrapped(entry: ZooEntry, spec: BackboneSpec | None = None, **config: Any) -> tuple[PassionWrapper, nn.Module]:
@@ -107,7 +107,7 @@ def test_terms_and_gradients_equal_those_of_separate_runs_of_the_bare_backbone(e
     model, _ = wrapped(entry, spec, temperature=3.0, pixel_weight=1.0, prototype_weight=0.0, unimodal_weight=0.0)
     without_noise(model.backbone)
     step(model, entry)
-    terms, expected = model.loss_terms(), slow_step(entry.name, 3.0)
+    terms, expected = model.passion.loss_terms(), slow_step(entry.name, 3.0)
     single = entry.dtype == torch.float32
 
     assert torch.equal(terms.active, expected.active)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.backbones.blocks import ConvBlock, Encoder, UNetDecoder, conv, encode, upsample_to
-from passion_plugin import BackboneSpec
+from passion_plugin.backbone import BackboneSpec
 
 __all__ = ["RFNetLike", "RegionFusion", "rfnet_spec"]
 
@@ -98,7 +98,7 @@ class RFNetLike(nn.Module):
         self.unimodal_classifier = conv(ndim, widths[0], num_classes, kernel=1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Segment ``x`` (B, M, *spatial) from the modalities that ``mask`` (B, M) bool lets through."""
+        """StudentInput ``x`` (B, M, *spatial) from the modalities that ``mask`` (B, M) bool lets through."""
         levels = encode(self.encoders, x, mask)
         coarse: list[Tensor] = []
         below: Tensor | None = None
@@ -131,6 +131,6 @@ def rfnet_spec(modalities: Sequence[str], levels: int = 4) -> BackboneSpec:
     return BackboneSpec(
         encoders={name: f"encoders.{name}" for name in modalities},
         classifier="classifier",
-        coarse=[f"fusion.{level}.coarse" for level in range(1, levels)],
-        light={"is_training": False},
+        deep_supervision=[f"fusion.{level}.coarse" for level in range(1, levels)],
+        student_mode={"is_training": False},
     )

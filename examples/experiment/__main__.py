@@ -17,9 +17,9 @@ from examples.experiment.recipes import ALIASES, parse_recipe
 from examples.experiment.store import Store, Study
 from examples.experiment.views import DRAWINGS
 from examples.training import TASKS
-from passion_plugin import draw_presence
+from passion_plugin.baselines import strategy_names
+from passion_plugin.data import draw_presence
 from passion_plugin.errors import ConfigError, PassionError, raise_problems, short, suggest
-from passion_plugin.strategies import strategy_names
 
 __all__ = ["main", "parser"]
 

@@ -13,9 +13,9 @@ from examples.experiment.recipes import parse_recipe
 from examples.experiment.stats import Scores, Select, by_patient
 from examples.experiment.store import Store, Study
 from examples.experiment.views import DRAWINGS
+from passion_plugin.baselines import strategy_names
+from passion_plugin.data import all_subsets, subset_name
 from passion_plugin.errors import ConfigError, suggest
-from passion_plugin.missing import all_subsets, subset_name
-from passion_plugin.strategies import strategy_names
 
 __all__ = ["Comparison", "complete_set", "rarest"]
 

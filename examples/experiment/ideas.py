@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from examples.experiment.idea_terms import balanced_divergence, gated_gaps
-from passion_plugin import PassionConfig
-from passion_plugin.backbone.binding import BoundBackbone
+from passion_plugin._validate import is_number, is_one_of
+from passion_plugin.backbone._adapter import BackboneAdapter
+from passion_plugin.backbone._passes import fused_pass
+from passion_plugin.backbone._prediction import Prediction
+from passion_plugin.backbone._students import StudentInput
+from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
-from passion_plugin.objective import LossTerms, UnimodalLoss
-from passion_plugin.ops.prototype import similarity_maps
-from passion_plugin.passes import Prediction, fused_pass
-from passion_plugin.plain_values import is_number, is_one_of
-from passion_plugin.rarity import Rarity
-from passion_plugin.segments import Segment
-from passion_plugin.step import TrainingStep
-from passion_plugin.strategies import PassionRule
-from passion_plugin.targets import resize_labels
+from passion_plugin.losses._labels import resize_labels
+from passion_plugin.losses._prototype_op import similarity_maps
+from passion_plugin.training import LossTerms, PassionRule
+from passion_plugin.training._frequencies import ModalityFrequencies
+from passion_plugin.training._objective import UnimodalLoss
+from passion_plugin.training._step import TrainingStep
 
 __all__ = ["IDEAS", "PassionVariation"]
 
@@ -116,26 +117,26 @@ class PassionVariation(PassionRule):
                 problems.append(f"{name}={value!r} changes nothing beside {needed}=False: leave one of them out")
         raise_problems(problems, what=type(self).__name__)
 
-    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: Rarity) -> None:
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: ModalityFrequencies) -> None:
         """Get ready for one model, with no rarity weight above the cap."""
         self.check_config(config)
         if self.rarity_cap is not None:
             rarity = replace(rarity, weights=tuple(min(weight, self.rarity_cap) for weight in rarity.weights))
         super().prepare(modalities, config, rarity)
 
-    def check(self, bound: BoundBackbone) -> None:
+    def check(self, adapter: BackboneAdapter) -> None:
         """Check that the backbone has classes that exclude each other."""
-        if bound.spec.outputs != "softmax":
-            raise ConfigError(f"variations are for softmax outputs, and the backbone has {bound.spec.outputs!r}")
-        super().check(bound)
+        if adapter.spec.outputs != "softmax":
+            raise ConfigError(f"variations are for softmax outputs, and the backbone has {adapter.spec.outputs!r}")
+        super().check(adapter)
 
-    def segments(self, presence: Tensor) -> list[Segment]:
+    def student_inputs(self, presence: Tensor) -> list[StudentInput]:
         """Every modality alone, in the rows that have it; where asked for also in those that have no other."""
-        segments = super().segments(presence)
+        student_inputs = super().student_inputs(presence)
         if not self.lone:
-            return segments
-        several = [segment for segment in segments if len(segment.modalities) > 1]
-        return Segment.singles(self.modalities, presence) + several
+            return student_inputs
+        several = [student_input for student_input in student_inputs if len(student_input.modalities) > 1]
+        return StudentInput.singles(self.modalities, presence) + several
 
     def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
         """Compare students with their teacher, each part as it was chosen."""
@@ -187,15 +188,15 @@ class PassionVariation(PassionRule):
     @torch.no_grad()
     def _averaged_teacher(self, step: TrainingStep) -> Prediction:
         """The prediction of the averaged weights, which move by one step first."""
-        weights = list(step.bound.backbone.parameters())
+        weights = list(step.adapter.backbone.parameters())
         if not self._average:
             self._average = [weight.detach().clone() for weight in weights]
         self._steps += 1
         decay = min(float(self.teacher_decay or 0), (1 + self._steps) / (10 + self._steps))
         for average, weight in zip(self._average, weights, strict=True):
             average.lerp_(weight, 1 - decay)
-        with step.bound.student_mode(), _exchanged(weights, self._average):
-            return fused_pass(step.bound, step.call, step.presence).prediction
+        with step.adapter.student_mode(), _exchanged(weights, self._average):
+            return fused_pass(step.adapter, step.call, step.presence).prediction
 
 
 IDEAS: dict[str, Any] = {

@@ -19,9 +19,9 @@ from examples.experiment.comparison import Comparison, rarest
 from examples.experiment.stats import by_patient, patient_means
 from examples.experiment.store import Store
 from examples.experiment.views import predict_whole
-from passion_plugin.plot.canvas import COLOURS, new_figure
-from passion_plugin.plot.grids import draw_grid, tilt_columns
-from passion_plugin.plot.overlay import best_slice, draw_case, label_legend
+from passion_plugin.report._canvas import COLOURS, new_figure
+from passion_plugin.report._grids import draw_grid, tilt_columns
+from passion_plugin.report._overlay import best_slice, draw_case, label_legend
 
 __all__ = ["PLOTS", "overlays"]
 

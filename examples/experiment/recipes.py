@@ -23,10 +23,14 @@ from torch.nn.functional import cross_entropy
 
 from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.views import DRAWINGS
-from passion_plugin import BackboneSpec, PassionConfig, PassionWrapper, PresenceTable
+from passion_plugin.backbone import BackboneSpec
+from passion_plugin.baselines import named_strategy, passion_variant, strategy_names
+from passion_plugin.config import PassionConfig
+from passion_plugin.data import PresenceTable
 from passion_plugin.errors import ConfigError, raise_problems, suggest
-from passion_plugin.objective import UnimodalLoss
-from passion_plugin.strategies import PassionRule, named_strategy, passion_variant, strategy_names
+from passion_plugin.training import PassionRule
+from passion_plugin.training._objective import UnimodalLoss
+from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["ALIASES", "Recipe", "parse_recipe"]
 

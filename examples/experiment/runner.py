@@ -25,10 +25,11 @@ from examples.experiment.store import Store, Study
 from examples.experiment.views import Batches, predict_whole
 from examples.folders import ms4_cohort, sts_slices
 from examples.training import TASKS, train
-from passion_plugin import PresenceTable, __version__, draw_presence
+from passion_plugin import __version__
+from passion_plugin.baselines import SlowWeights
+from passion_plugin.data import PresenceTable, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
-from passion_plugin.strategies import SlowWeights
 
 __all__ = ["load", "patients_of", "presence_of", "run", "train_cell"]
 

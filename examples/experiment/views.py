@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.data import corner_around, cut_and_flip
-from passion_plugin import PresenceTable
-from passion_plugin.evaluation.inference import Predict
-from passion_plugin.missing import EvenSubsets, blank_missing, drop_modalities
+from passion_plugin.data import EvenSubsets, PresenceTable, blank_missing, drop_modalities
+from passion_plugin.evaluation._inference import Predict
 
 __all__ = ["DRAWINGS", "Batches", "predict_whole"]
 

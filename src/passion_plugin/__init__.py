@@ -31,54 +31,34 @@ T1 is missing for one patient in five, T2 for four in five:
 >>> prediction = model(x, mask)
 >>> loss = nn.functional.cross_entropy(prediction, target) + model.passion_loss(target)                # 2
 >>> loss.backward(); optimizer.step()
->>> preference = model.end_epoch()                                                                     # 3
->>> sorted(preference.as_dict())
+>>> report = model.end_epoch()                                                                         # 3
+>>> sorted(report.as_dict())
 ['t1', 't2']
 """
 
-from passion_plugin.addon_file import load_addon, read_addon, save_addon
-from passion_plugin.backbone import BackboneSpec, MaskCodec
-from passion_plugin.backbone.report import Report, inspect
+from passion_plugin.backbone import BackboneSpec
 from passion_plugin.config import PassionConfig
-from passion_plugin.engine import Passion
-from passion_plugin.errors import (
-    BackboneError,
-    ConfigError,
-    InputError,
-    PassionError,
-    PassionWarning,
-    UsageError,
-)
-from passion_plugin.heads import UnimodalHead
-from passion_plugin.missing import IncompleteDataset, PresenceTable, draw_presence
-from passion_plugin.objective import LossTerms
-from passion_plugin.preference import Preference, PreferenceEstimator
+from passion_plugin.data import IncompleteDataset, PresenceTable, draw_presence
+from passion_plugin.detection import detect_spec, inspect_backbone
+from passion_plugin.errors import PassionError, PassionWarning
+from passion_plugin.training import PreferenceEstimator, attach, get_passion_state_dict, set_passion_state_dict
 from passion_plugin.wrapper import PassionWrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackboneError",
     "BackboneSpec",
-    "ConfigError",
     "IncompleteDataset",
-    "InputError",
-    "LossTerms",
-    "MaskCodec",
-    "Passion",
     "PassionConfig",
     "PassionError",
     "PassionWarning",
     "PassionWrapper",
-    "Preference",
     "PreferenceEstimator",
     "PresenceTable",
-    "Report",
-    "UnimodalHead",
-    "UsageError",
+    "attach",
+    "detect_spec",
     "draw_presence",
-    "inspect",
-    "load_addon",
-    "read_addon",
-    "save_addon",
+    "get_passion_state_dict",
+    "inspect_backbone",
+    "set_passion_state_dict",
 ]

@@ -22,16 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.backbone.presets import PRESETS, preset
-from passion_plugin.backbone.report import inspect
+from passion_plugin.backbone import PRESETS, preset
+from passion_plugin.data import draw_presence, modality_problems, read_text, write_split_csv
+from passion_plugin.detection import inspect_backbone
 from passion_plugin.errors import ConfigError, PassionError, suggest
-from passion_plugin.missing import draw_presence, write_split_csv
-from passion_plugin.missing.reading import read_text
-from passion_plugin.missing.subsets import modality_problems
 
 __all__ = ["main"]
 
 _MASKS = {"bool": torch.bool, "int": torch.int64, "float": torch.float32, "none": None}
+
 _MOST_NUMBERS = 2**30
 
 
@@ -110,7 +109,7 @@ def _inspect(options: argparse.Namespace, problems: list[str]) -> int:
     mask = None if kind is None else torch.full((shape[0], len(names)), everything, dtype=kind, device=first.device)
     images: Tensor = torch.randn(shape, device=first.device, dtype=first.dtype)
     try:
-        return 1 if inspect(model, images, mask, modalities=names, **known).problems else 0
+        return 1 if inspect_backbone(model, images, mask, modalities=names, **known).problems else 0
     except SystemExit as error:
         problems.append(f"model: it ended the program while it was run: {_reason(error)}")
         return 1
@@ -152,7 +151,7 @@ def _split(options: argparse.Namespace, problems: list[str]) -> int:
 
 def _report(options: argparse.Namespace, problems: list[str]) -> int:
     # Pictures are needed here only.
-    from passion_plugin.html_report import write_report
+    from passion_plugin.report import write_report
 
     try:
         path, run = write_report(options.folder, options.out, command=options.command)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from passion_plugin._types import Backend, Memory, Mode, Modulation
+from passion_plugin._validate import is_int, is_number, is_one_of
 from passion_plugin.errors import raise_problems
-from passion_plugin.ops._dispatch import Backend
-from passion_plugin.plain_values import is_number, is_one_of, is_whole
 
 __all__ = ["HOW_PASSES_RUN", "Memory", "Mode", "Modulation", "PassionConfig"]
 
-Mode = Literal["default", "official"]
-Modulation = Literal["distillation", "encoder", "none"]
-Memory = Literal["default", "low"]
-
-HOW_PASSES_RUN = ("memory", "stack_students", "skip_missing_encoders", "share_random_state", "backend")
+HOW_PASSES_RUN = ("memory", "skip_missing_encoders", "share_random_state", "backend")
 """Fields that every strategy uses: how passes are run and losses computed, not what is learned from them."""
 
 
@@ -58,8 +54,6 @@ class PassionConfig:
             modality's pixel distillation, the paper's rule. ``"encoder"``: on everything that reaches the
             parameters of encoder ``m``, as OGM-GE does. ``"none"``: nowhere.
         memory: ``"low"`` recomputes each student pass during backward instead of keeping its activations.
-        stack_students: run all students in one stacked batch instead of a loop. Only for a backbone that
-            was shown to give the same numbers both ways; refused otherwise.
         skip_missing_encoders: do not run the encoder of a modality that is missing, where the checks show that
             nothing the backbone returns, and no gradient, depends on it. ``"auto"``: when no sample of the
             batch has the modality; the result is the same bit for bit, except that dropout in an encoder that
@@ -98,7 +92,6 @@ class PassionConfig:
     warmup_epochs: int = 0
     modulation: Modulation = "distillation"
     memory: Memory = "default"
-    stack_students: bool = False
     skip_missing_encoders: bool | Literal["auto"] = "auto"
     share_random_state: bool = False
     backend: Backend = "auto"
@@ -118,7 +111,7 @@ class PassionConfig:
             problems.append(f"skip_missing_encoders must be True, False or 'auto', got {self.skip_missing_encoders!r}")
         if is_one_of(self.mode, ("official",)) and self.subset_students is True:
             problems.append("subset_students=True goes with mode='default': the published code has no such students")
-        for name in ("rarity_weights", "subset_students", "gate", "stack_students", "share_random_state"):
+        for name in ("rarity_weights", "subset_students", "gate", "share_random_state"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be True or False, got {getattr(self, name)!r}")
         positive = ("temperature", "eta_growth", "beta_min", "beta_max")
@@ -131,7 +124,7 @@ class PassionConfig:
                 problems.append(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
         for name, least in (("warmup_epochs", 0), ("eta_every", 1)):
             value = getattr(self, name)
-            if not is_whole(value, least=least):
+            if not is_int(value, least=least):
                 problems.append(f"{name} must be an integer, {least} or more, got {value!r}")
         if not problems and not self.beta_min <= 1 <= self.beta_max:
             problems.append(

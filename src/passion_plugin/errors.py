@@ -7,7 +7,15 @@ reported together: fixing a spec one name at a time is a waste of the user's aft
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 
 __all__ = [
     "BackboneError",
@@ -17,8 +25,10 @@ __all__ = [
     "PassionWarning",
     "UsageError",
     "raise_problems",
+    "require",
     "short",
     "suggest",
+    "warn_user",
 ]
 
 _MOST_PROBLEMS = 20
@@ -101,3 +111,40 @@ def short(error: Exception) -> str:
 def _either(names: Sequence[str]) -> str:
     quoted = [repr(name) for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+_OURS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
+
+
+def warn_user(message: str) -> None:
+    """Warn about the line of the user: the first one on the stack that is neither ours nor of torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    file, line, module = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    # Without the registry of that line: its filter would take the warning of another engine for the same one.
+    warnings.warn_explicit(message, PassionWarning, file, line, module)
+
+
+def require(module: str, *, extra: str, purpose: str) -> Any:
+    """Import ``module`` or say which extra of this package brings it.
+
+    Args:
+        module: dotted name of the module.
+        extra: name of the extra that installs it.
+        purpose: what needs it, the start of the message.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: when it is not installed, with the exact pip line.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"{purpose} needs {package}, which could not be imported ({error}). "
+            f'Install it with: pip install "passion-plugin[{extra}]"'
+        ) from error

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from passion_plugin.addon_state import beside_modules, load_beside_modules
-from passion_plugin.backbone.spec import BackboneSpec
+from passion_plugin.backbone import BackboneSpec
 from passion_plugin.config import PassionConfig
-from passion_plugin.engine import Passion
 from passion_plugin.errors import UsageError
-from passion_plugin.objective import LossTerms
-from passion_plugin.preference import Preference
-from passion_plugin.strategies.base import Strategy
+from passion_plugin.training import EpochReport, PassionEngine, Strategy
 
 __all__ = ["PassionWrapper"]
 
@@ -27,27 +22,27 @@ class PassionWrapper(nn.Module):
     the prediction from each single one, and uses how far each modality lags behind to gate and weight that.
 
     In ``eval()`` the wrapper is the backbone: same arguments, same output bit for bit, no further pass. In
-    ``train()`` it returns what the backbone returns and runs the students besides; :meth:`passion_loss` is what
-    to add to the loss. Attributes that the wrapper does not have are those of the backbone, to read and to set.
+    ``train()`` it returns what the backbone returns and runs the students too; add :meth:`passion_loss` to the loss.
+    Attributes that the wrapper does not have are those of the backbone, to read and to set.
 
     Args:
         backbone: any module that takes images and says which modalities are present. It is not edited and
             stays reachable as ``.backbone``.
         modalities: M >= 2 names, in mask-column order.
-        presence: which training sample has what: a :class:`~passion_plugin.missing.PresenceTable` or a bool
+        presence: which training sample has what: a :class:`~passion_plugin.data.PresenceTable` or a bool
             array (N, M). Either this or ``missing_rates``.
         missing_rates: missing rate in [0, 1) of each modality, by name or in order.
-        spec: how to talk to the backbone; the name of a preset; None: preset or detection.
+        spec: how to call the backbone; the name of a preset; None: preset or detection.
         config: hyper-parameters.
-        strategy: another balancing rule to run in place of PASSION: a name or an object of
-            :mod:`passion_plugin.strategies`; None for PASSION as ``config`` says.
+        strategy: a balancing rule to run in place of PASSION, such as ``OGMGE()`` of :mod:`passion_plugin.baselines`;
+            None for PASSION as ``config`` says.
         example_input: images to detect and check with at once instead of at the first training batch.
         example_mask: the mask that goes with it.
 
     Attributes:
         backbone: the module that was wrapped.
-        preference: the relative preference and beta of PASSION; None while another strategy runs.
-        heads: students of a backbone that cannot let a single modality through; else empty.
+        passion: the engine, with everything else: ``passion.metrics()``, ``passion.loss_terms()``,
+            ``passion.preference``, ``passion.disabled()``, … See :class:`~passion_plugin.training.PassionEngine`.
 
     Raises:
         ConfigError: listing what is wrong with names, rates, spec or strategy.
@@ -75,6 +70,7 @@ class PassionWrapper(nn.Module):
     """
 
     backbone: nn.Module
+    passion: PassionEngine
 
     def __init__(
         self,
@@ -85,12 +81,12 @@ class PassionWrapper(nn.Module):
         missing_rates: Any = None,
         spec: BackboneSpec | str | None = None,
         config: PassionConfig | None = None,
-        strategy: Strategy | str | None = None,
+        strategy: Strategy | None = None,
         example_input: Any = None,
         example_mask: Any = None,
     ) -> None:
         super().__init__()
-        passion = Passion(
+        passion = PassionEngine(
             backbone,
             modalities=modalities,
             presence=presence,
@@ -102,8 +98,6 @@ class PassionWrapper(nn.Module):
             example_mask=example_mask,
         )
         self.passion = passion
-        self.preference = passion.preference
-        self.heads = passion.heads
         self.backbone = backbone
         self.training = backbone.training
 
@@ -114,7 +108,7 @@ class PassionWrapper(nn.Module):
         passion_presence: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Call the backbone, and in training run the students besides.
+        """Call the backbone, and in training run the students too.
 
         Args:
             *args: whatever the backbone takes.
@@ -142,62 +136,16 @@ class PassionWrapper(nn.Module):
         return self.passion.bare_result(self.backbone(*args, **kwargs), passion_target)
 
     def passion_loss(self, target: Tensor) -> Tensor:
-        """Return the loss of the last forward, to be added to the user's own; see :meth:`Passion.loss`."""
+        """Return the loss of the last forward, to be added to the user's own; see :meth:`PassionEngine.loss`."""
         return self.passion.loss(target)
 
-    def loss_terms(self) -> LossTerms:
-        """Return the terms of the last step, per sample and modality; see :meth:`Passion.loss_terms`."""
-        return self.passion.loss_terms()
-
-    def metrics(self) -> dict[str, float]:
-        """Return a flat dict of the last step and the last epoch, for any logger; see :meth:`Passion.metrics`."""
-        return self.passion.metrics()
-
-    def end_epoch(self) -> Preference:
+    def end_epoch(self) -> EpochReport:
         """Update the relative preference and beta, or what the strategy keeps; once per epoch, on every rank."""
         return self.passion.end_epoch()
-
-    @contextmanager
-    def passion_disabled(self) -> Iterator[None]:
-        """Train as if this library were not there, while the context is open."""
-        with self.passion.disabled():
-            yield
 
     def unwrap(self) -> nn.Module:
         """Return the backbone with nothing of ours left on it; the wrapper then only passes calls through."""
         return self.passion.detach()
-
-    def addon_state_dict(self) -> dict[str, Any]:
-        """Return everything that is ours (what the strategy keeps, heads) and nothing of the backbone.
-
-        Raises:
-            UsageError: ``fully_shard`` was applied and there are heads: use ``torch.distributed.checkpoint``.
-        """
-        return self.passion.state_dict()
-
-    def load_addon_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`addon_state_dict` returned; see :meth:`Passion.load_state_dict`."""
-        self.passion.load_state_dict(state)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what ``state_dict()`` holds beside the modules: names, settings and what another strategy keeps."""
-        return beside_modules(self.passion.modalities, self.passion.strategy)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Check and restore what :meth:`get_extra_state` returned; called before anything else is loaded.
-
-        Raises:
-            ConfigError: it is of another format, modalities, strategy or settings. Nothing was changed.
-        """
-        load_beside_modules(state, self.passion.modalities, self.heads, self.passion.strategy)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        # Before the settings were kept, the preference was all there was.
-        if f"{prefix}preference._extra_state" in state_dict and f"{prefix}_extra_state" in missing:
-            missing.remove(f"{prefix}_extra_state")
 
     def __getattr__(self, name: str) -> Any:
         """Look up what the wrapper does not have on the backbone."""

@@ -10,25 +10,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from passion_plugin import (
-    BackboneSpec,
-    IncompleteDataset,
-    Passion,
-    PassionConfig,
-    PassionWrapper,
-    PreferenceEstimator,
-    PresenceTable,
-    draw_presence,
-)
-from passion_plugin.missing import (
+from passion_plugin.backbone import BackboneSpec
+from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, SlowWeights, named_strategy, passion_variant
+from passion_plugin.config import PassionConfig
+from passion_plugin.data import (
     EvenSubsets,
+    IncompleteDataset,
+    PresenceTable,
     all_subsets,
     blank_missing,
+    draw_presence,
     drop_modalities,
     parse_subset,
     subset_mask,
 )
-from passion_plugin.strategies import AGM, OGMGE, PMR, RedCore, SlowWeights, named_strategy, passion_variant
+from passion_plugin.training import PassionEngine, PreferenceEstimator
+from passion_plugin.wrapper import PassionWrapper
 
 from .nets import Plan, build, right_spec
 
@@ -45,9 +42,9 @@ def wrapper(**options: Any) -> nn.Module:
     return PassionWrapper(**({} if "presence" in options else {"missing_rates": (0.1, 0.2, 0.3)}) | chosen)
 
 
-def attached(**options: Any) -> Passion:
+def attached(**options: Any) -> PassionEngine:
     chosen = {"modalities": PLAN.modalities, "missing_rates": (0.1, 0.2, 0.3), "spec": right_spec(PLAN, "replay")}
-    return Passion.attach(build(PLAN), **{**chosen, **options})
+    return attach(build(PLAN), **{**chosen, **options})
 
 
 def spec(**options: Any) -> BackboneSpec:
@@ -67,7 +64,7 @@ ENTRANCES: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
         ("backbone", "modalities", "missing_rates", "presence", "spec", "config", "strategy", "example_input"),
         {},
     ),
-    "Passion.attach": (attached, ("modalities", "missing_rates", "spec", "config", "strategy"), {}),
+    "PassionEngine.attach": (attached, ("modalities", "missing_rates", "spec", "config", "strategy"), {}),
     "PreferenceEstimator": (
         PreferenceEstimator,
         ("modalities", "presence_counts", "mode", "eta", "eta_growth", "eta_every", "beta_min", "beta_max"),

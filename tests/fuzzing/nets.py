@@ -209,15 +209,15 @@ def right_spec(plan: Plan, students: str = "auto") -> BackboneSpec:
     return BackboneSpec(
         classifier="classifier",
         encoders={} if plan.shared else {name: f"encoders.{m}" for m, name in enumerate(plan.modalities)},
-        coarse=("coarse",) if plan.deep != "no" else (),
+        deep_supervision=("coarse",) if plan.deep != "no" else (),
         outputs=plan.outputs,  # type: ignore[arg-type]
         input_argument=tuple(range(count)) if several else 0,
         mask_argument=None if plan.mask == "none" else count if several else 1,
         mask_format=plan.mask if plan.mask in ("float", "int", "indices") else "bool",
         mask_meaning="missing" if plan.mask == "missing" else "present",
-        mixed_masks=plan.mask != "indices",
+        per_sample_masks=plan.mask != "indices",
         students=students,  # type: ignore[arg-type]
         copy_features=plan.in_place,
         stackable=apart and plan.mask != "indices",
-        skippable=apart and not plan.shared and plan.mask != "none",
+        can_skip_encoders=apart and not plan.shared and plan.mask != "none",
     )

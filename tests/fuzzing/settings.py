@@ -6,8 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from passion_plugin import PassionConfig
-from passion_plugin.strategies import strategy_names
+from passion_plugin.baselines import strategy_names
+from passion_plugin.config import PassionConfig
 
 from .nets import Plan
 

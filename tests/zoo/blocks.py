@@ -79,5 +79,5 @@ class Net(nn.Module):
         return self.classifier(self.fusion(torch.cat(list(features), dim=1)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Segment ``x`` (B, sum of channels, *spatial) given ``mask`` bool (B, M), True = present."""
+        """StudentInput ``x`` (B, sum of channels, *spatial) given ``mask`` bool (B, M), True = present."""
         return self.decode(self.encode(x.split(self.channels, dim=1), mask))

@@ -74,7 +74,7 @@ class OneIsMissing(Net):
 @zoo(
     pack=lambda images, presence: ((image_of(images), presence[0].nonzero().flatten().tolist()), {}),
     presence=one_subset,
-    spec={"mask_format": "indices", "mixed_masks": False},
+    spec={"mask_format": "indices", "per_sample_masks": False},
 )
 class IndicesForTheBatch(Net):
     """A list of present modalities that holds for the whole batch."""
@@ -98,7 +98,7 @@ def bits(code: int) -> Tensor:
 @zoo(
     pack=lambda images, presence: ((image_of(images), bit_code(presence)), {}),
     presence=one_subset,
-    spec={"mask_format": MaskCodec(bit_code, bits), "mixed_masks": False},
+    spec={"mask_format": MaskCodec(bit_code, bits), "per_sample_masks": False},
 )
 class BitCode(Net):
     """One integer bit code for the whole batch."""
@@ -176,7 +176,7 @@ class LeakyBottleneck(Net):
         return self.decode_with([hide(feature, mask, index) for index, feature in enumerate(raw)], raw)
 
 
-@zoo(presence=one_subset, by_hand={"mixed_masks": False})
+@zoo(presence=one_subset, by_hand={"per_sample_masks": False})
 class FirstRowOnly(Net):
     """Takes a mask per sample but reads the first row only."""
 
@@ -191,7 +191,7 @@ class FirstRowOnly(Net):
 @zoo(
     "mixes_the_batch_with_one_mask",
     presence=one_subset,
-    spec={"mixed_masks": False},
+    spec={"per_sample_masks": False},
     reference="batch",
 )
 class MixesTheBatch(Net):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from tools.backbones.checkout import load
 from tools.backbones.sources import edited
 from tools.backbones.trial import Call, Trial
@@ -46,11 +45,8 @@ def build(checkout: Path) -> Trial:
         model=model.train(),
         inputs=tuple(parts),
         modalities=("s1", "s2"),
-        spec=BackboneSpec.detect(
-            model, tuple(parts), modalities=("s1", "s2"), input_argument=(0, 1), mask_argument=None
-        ),
-        written="`spec=BackboneSpec.detect(…, input_argument=(0, 1), mask_argument=None)`; in each call "
-        "`passion_presence=`",
+        spec=detect_spec(model, tuple(parts), modalities=("s1", "s2"), input_argument=(0, 1), mask_argument=None),
+        written="`spec=detect_spec(…, input_argument=(0, 1), mask_argument=None)`; in each call `passion_presence=`",
         traps="no mask: a missing sensor is a blank image, whose features are not zero; the decoder pops from the list "
         "that the encoder returned",
         expect="mixed",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from passion_plugin.backbone import MaskCodec
 from tools.backbones.checkout import images, load
 from tools.backbones.sources import edited
@@ -45,8 +44,8 @@ def build(checkout: Path) -> Trial:
         model=model.train(),
         inputs=args,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(model, *args, modalities=MODALITIES, mask_format=ROWS),
-        written="`spec=BackboneSpec.detect(…, mask_format=rows)`, with `rows` a `MaskCodec` for an array of NumPy; "
+        spec=detect_spec(model, *args, modalities=MODALITIES, mask_format=ROWS),
+        written="`spec=detect_spec(…, mask_format=rows)`, with `rows` a `MaskCodec` for an array of NumPy; "
         "`example_input=`, `example_mask=`",
         traps="the variance of one modality is NaN: none can be let through alone (with `var(0, unbiased=False)` in "
         "its `forward` students are replayed, difference 0); an integer mask picks features instead of masking them",

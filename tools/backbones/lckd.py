@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passion_plugin import BackboneSpec
 from tools.backbones.checkout import load
 from tools.backbones.shaspec import MODALITIES, NUMBERS, make, narrower, region_loss
 from tools.backbones.sources import edited, replacing
@@ -45,7 +44,7 @@ def build(checkout: Path) -> Trial:
         inputs=args,
         keywords=keywords,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(
+        spec=detect_spec(
             model,
             *args,
             keywords["mode"],
@@ -53,10 +52,10 @@ def build(checkout: Path) -> Trial:
             outputs="sigmoid",
             mask_argument="mode",
             mask_format=NUMBERS,
-            light_arguments={"val": True},
+            student_kwargs={"val": True},
         ),
-        written='`spec=BackboneSpec.detect(…, outputs="sigmoid", mask_argument="mode", mask_format=numbers, '
-        'light_arguments={"val": True})`, with `numbers` as for ShaSpec',
+        written='`spec=detect_spec(…, outputs="sigmoid", mask_argument="mode", mask_format=numbers, '
+        'student_kwargs={"val": True})`, with `numbers` as for ShaSpec',
         traps="needs CUDA; one encoder for all modalities, whose skips travel through an attribute: nothing to replay; "
         "one mode for the batch, and `'random'` draws it inside `forward`: draw it yourself; three overlapping regions",
         expect="rerun",

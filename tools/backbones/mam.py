@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from passion_plugin.backbone import MaskCodec
 from tools.backbones.checkout import images, load
 from tools.backbones.trial import Call, Trial
@@ -67,15 +66,15 @@ def build(checkout: Path) -> Trial:
         images=parts,
         make=call,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(
+        spec=detect_spec(
             model,
             *inputs,
             modalities=MODALITIES,
             outputs="sigmoid",
             mask_format=BOOLS,
-            light={"decoder.deep_supervision": False},
+            student_mode={"decoder.deep_supervision": False},
         ),
-        written='`spec=BackboneSpec.detect(…, outputs="sigmoid", mask_format=bools, light={"decoder.deep_supervision": '
+        written='`spec=detect_spec(…, outputs="sigmoid", mask_format=bools, student_mode={"decoder.deep_supervision": '
         "False})`, with `bools` a `MaskCodec` for a list of bools",
         traps="one list for the batch; images must be 128³; a joint encoder is registered and never runs; three "
         "overlapping regions",

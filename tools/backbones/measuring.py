@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passion_plugin import PassionConfig, PassionError, PassionWrapper
-from passion_plugin.backbone.calls import BackboneCall
-from passion_plugin.backbone.presets import PRESETS, preset
-from passion_plugin.backbone.report import examine_call
-from passion_plugin.step import TrainingStep
-from passion_plugin.strategies import PassionRule
+from passion_plugin.backbone._calls import BackboneCall
+from passion_plugin.backbone._presets import PRESETS, preset
+from passion_plugin.config import PassionConfig
+from passion_plugin.detection._inspect import examine_call
+from passion_plugin.errors import PassionError
+from passion_plugin.training import PassionRule
+from passion_plugin.training._step import TrainingStep
+from passion_plugin.wrapper import PassionWrapper
 from tools.backbones.traces import differences, traces
 from tools.backbones.trial import Call, Trial
 
@@ -114,9 +116,9 @@ def measure(trial: Trial) -> Measured:
         _step(wrapper, trial, trial.full())
     except PassionError as error:
         return Measured("refused", found, error=str(error))
-    assert wrapper.passion.bound is not None
-    outcome = wrapper.passion.bound.spec.students
-    with wrapper.passion_disabled():
+    assert wrapper.passion.adapter is not None
+    outcome = wrapper.passion.adapter.spec.students
+    with wrapper.passion.disabled():
         wanted = [_true_logits(trial, trial.full()), *(_true_logits(trial, trial.alone(m)) for m in range(count))]
     before = traces(wrapper.train().backbone)
     _step(wrapper, trial, trial.full())

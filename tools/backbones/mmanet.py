@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
+from passion_plugin.backbone import BackboneSpec
 from tools.backbones.checkout import labels, load
 from tools.backbones.sources import edited, replacing
 from tools.backbones.trial import Call, Trial
@@ -68,11 +68,11 @@ def build(checkout: Path) -> Trial:
             encoders={"rgb": "encoder_rgb.conv1", "depth": DEPTH},
             input_argument=(0, 1),
             mask_argument=None,
-            mixed_masks=False,
-            call=with_p,
+            per_sample_masks=False,
+            forward_fn=with_p,
         ),
         written='`spec=BackboneSpec(classifier="decoder.conv_out", encoders=…, input_argument=(0, 1), '
-        "mask_argument=None, mixed_masks=False, call=with_p)`, where `with_p(net, x, mask)` sets `net.p` around "
+        "mask_argument=None, per_sample_masks=False, forward_fn=with_p)`, where `with_p(net, x, mask)` sets `net.p` around "
         "`net(*x)`; in each call `passion_presence=`",
         traps="needs CUDA; the mask is the attribute `p`, and `[0, 0]` draws one inside `forward`: set it yourself; "
         "encoders are called by methods: name their blocks, of RGB the first convolution only, because depth joins it "

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from tools.backbones import mmmvit
 from tools.backbones.mmmvit import COMMIT, DATE, SOURCE
 from tools.backbones.trial import Trial
@@ -26,8 +25,8 @@ def build(checkout: Path) -> Trial:
     refused = mmmvit.build(checkout)
     return replace(
         refused,
-        spec=BackboneSpec.detect(refused.model, *refused.inputs, modalities=refused.modalities, mixed_masks=False),
-        written="`spec=BackboneSpec.detect(…, mixed_masks=False)`",
+        spec=detect_spec(refused.model, *refused.inputs, modalities=refused.modalities, per_sample_masks=False),
+        written="`spec=detect_spec(…, per_sample_masks=False)`",
         traps="batches of one sample, or of one mask; the bottleneck is not masked",
         expect="rerun",
         reason="",

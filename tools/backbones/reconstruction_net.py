@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from passion_plugin import BackboneSpec
+from passion_plugin.backbone import BackboneSpec
 from tools.backbones.dual_stream import COMMIT, CONFIGURATION, DATE, SOURCE, make, networks
 from tools.backbones.trial import Trial
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from tools.backbones.checkout import images, labels, load, on_cpu
 from tools.backbones.sources import edited, replacing
 from tools.backbones.trial import Trial
@@ -44,8 +43,8 @@ def build(checkout: Path) -> Trial:
         model=model,
         inputs=(x, mask),
         modalities=modalities,
-        spec=BackboneSpec.detect(model, x, mask, modalities=modalities, classifier="mask_de.seg_logit"),
-        written='`spec=BackboneSpec.detect(…, classifier="mask_de.seg_logit")`: it returns a dictionary of 22 entries',
+        spec=detect_spec(model, x, mask, modalities=modalities, classifier="mask_de.seg_logit"),
+        written='`spec=detect_spec(…, classifier="mask_de.seg_logit")`: it returns a dictionary of 22 entries',
         traps="needs CUDA; images must be 80³; dropout is on in `eval()` too: teacher and students see different noise",
         expect="exact",
         target=labels(SIZE),

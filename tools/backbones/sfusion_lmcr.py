@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from tools.backbones.checkout import images, labels, load
 from tools.backbones.sfusion_uhemis import BITS, COMMIT, DATE, MODALITIES, SOURCE, call
 from tools.backbones.trial import Call, Trial
@@ -50,10 +49,10 @@ def build(checkout: Path) -> Trial:
         model=model.train(),
         inputs=args,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(
-            model, *args, modalities=MODALITIES, mask_format=BITS, mixed_masks=False, absent=mean_of_present
+        spec=detect_spec(
+            model, *args, modalities=MODALITIES, mask_format=BITS, per_sample_masks=False, fill_missing=mean_of_present
         ),
-        written="`spec=BackboneSpec.detect(…, mask_format=bits, mixed_masks=False, absent=mean_of_present)`, with "
+        written="`spec=detect_spec(…, mask_format=bits, per_sample_masks=False, fill_missing=mean_of_present)`, with "
         "`bits` as in [your own backbone](own-backbone.md#how-it-is-called) and what the script does to absent images",
         traps="the mask has no effect on the segmentation; the script is to put the mean of the present images in "
         "place of absent ones, but compares a string with a list and never does; weights of the fusion are read off "

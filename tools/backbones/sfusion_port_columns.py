@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from passion_plugin import BackboneSpec
 from tools.backbones.checkout import images, labels
 from tools.backbones.sfusion_port import CHANNELS, COLUMNS, network, task_loss
 from tools.backbones.trial import Call, Trial
@@ -30,8 +29,8 @@ def build(checkout: Path) -> Trial:
         inputs=(x, mask),
         make=call,
         modalities=CHANNELS,
-        spec=BackboneSpec.detect(model, x, mask, modalities=CHANNELS, mask_columns=COLUMNS),
-        written=f"`spec=BackboneSpec.detect(…, mask_columns={COLUMNS})`",
+        spec=detect_spec(model, x, mask, modalities=CHANNELS, mask_columns=COLUMNS),
+        written=f"`spec=detect_spec(…, mask_columns={COLUMNS})`",
         traps="only the first row of the mask is read: batches of one mask, or of one sample; parameters without shape "
         "until the first pass",
         expect="exact",

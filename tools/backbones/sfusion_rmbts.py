@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from tools.backbones.checkout import images, labels, load
 from tools.backbones.sfusion_uhemis import BITS, COMMIT, DATE, MODALITIES, SOURCE, call
 from tools.backbones.trial import Trial
@@ -34,8 +33,8 @@ def build(checkout: Path) -> Trial:
         images=parts,
         make=call,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(model, *inputs, modalities=MODALITIES, mask_format=BITS, mixed_masks=False),
-        written="`spec=BackboneSpec.detect(…, mask_format=bits, mixed_masks=False)`, with `bits` as in [your own "
+        spec=detect_spec(model, *inputs, modalities=MODALITIES, mask_format=BITS, per_sample_masks=False),
+        written="`spec=detect_spec(…, mask_format=bits, per_sample_masks=False)`, with `bits` as in [your own "
         "backbone](own-backbone.md#how-it-is-called)",
         traps="batches of one only; one number says what is there; parameters without shape until the first pass",
         expect="exact",

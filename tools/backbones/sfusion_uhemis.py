@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from passion_plugin.backbone import MaskCodec
 from tools.backbones.checkout import images, labels, load
 from tools.backbones.trial import Call, Trial
@@ -48,8 +47,8 @@ def build(checkout: Path) -> Trial:
         images=parts,
         make=call,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(model, *inputs, modalities=MODALITIES, mask_format=BITS, mixed_masks=False),
-        written="`spec=BackboneSpec.detect(…, mask_format=bits, mixed_masks=False)`, with `bits` as in "
+        spec=detect_spec(model, *inputs, modalities=MODALITIES, mask_format=BITS, per_sample_masks=False),
+        written="`spec=detect_spec(…, mask_format=bits, per_sample_masks=False)`, with `bits` as in "
         "[your own backbone](own-backbone.md#how-it-is-called)",
         traps="one number says for the whole batch what is there; the decoder reverses the encoders' list in place",
         expect="exact",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin import BackboneSpec
 from passion_plugin.backbone import MaskCodec
 from tools.backbones.checkout import load
 from tools.backbones.sources import edited, replacing
@@ -64,7 +63,7 @@ def build(checkout: Path) -> Trial:
         inputs=args,
         keywords=keywords,
         modalities=MODALITIES,
-        spec=BackboneSpec.detect(
+        spec=detect_spec(
             model,
             *args,
             keywords["mode"],
@@ -73,7 +72,7 @@ def build(checkout: Path) -> Trial:
             mask_argument="mode",
             mask_format=NUMBERS,
         ),
-        written='`spec=BackboneSpec.detect(…, outputs="sigmoid", mask_argument="mode", mask_format=numbers)`, with '
+        written='`spec=detect_spec(…, outputs="sigmoid", mask_argument="mode", mask_format=numbers)`, with '
         "`numbers` a `MaskCodec` for text such as `'0,2'`",
         traps="`shared_enc` hands its skips over through an attribute, so that its output alone must not be replayed; "
         "one mode for the batch, and `'random'` draws it inside `forward`: draw it yourself; three overlapping regions",

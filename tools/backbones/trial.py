@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from passion_plugin import BackboneSpec
+from passion_plugin.backbone import BackboneSpec
 
 __all__ = ["Call", "Expectation", "Trial"]
 

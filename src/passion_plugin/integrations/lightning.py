@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from passion_plugin.find import find_engine
+from passion_plugin.errors import require
 from passion_plugin.integrations.logging import log_metrics
-from passion_plugin.optional import require
+from passion_plugin.training import find_engine
 
 __all__ = ["PassionCallback"]
 
@@ -19,13 +19,13 @@ class PassionCallback(Callback):
 
     * ``end_epoch()`` once per training epoch, before checkpoints of that epoch are saved; never in sanity checks,
       validation or test;
-    * :meth:`~passion_plugin.Passion.metrics` every ``Trainer(log_every_n_steps=...)`` optimizer steps to the loggers,
+    * :meth:`~passion_plugin.PassionEngine.metrics` every ``Trainer(log_every_n_steps=...)`` optimizer steps to the loggers,
       and at the end of the epoch through ``log_dict``, so that other callbacks can monitor them. The steps are
       Lightning's ``global_step``, which counts those of all optimizers: with several, every step of each counts;
     * the state of the add-on, in the callback's part of the checkpoint, and back from there with ``ckpt_path=``.
 
     Args:
-        model: the :class:`~passion_plugin.PassionWrapper` or :class:`~passion_plugin.Passion` to look after; None finds
+        model: the :class:`~passion_plugin.PassionWrapper` or :class:`~passion_plugin.PassionEngine` to look after; None finds
             the one in the LightningModule when ``fit`` starts. With several, use one callback for each.
         prefix: put before each name; different for each of several callbacks.
 

@@ -1,4 +1,4 @@
-"""`model.metrics()` to any logger that takes a dict."""
+"""`model.passion.metrics()` to any logger that takes a dict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from passion_plugin.errors import ConfigError
-from passion_plugin.find import find_engine
+from passion_plugin.training import find_engine
 
 __all__ = ["Log", "MetricsLogger", "log_metrics"]
 
@@ -16,14 +16,14 @@ Log: TypeAlias = Callable[..., Any]
 
 
 def log_metrics(model: Any, log: Log, step: int | None = None, *, prefix: str = "passion/") -> dict[str, float]:
-    """Hand ``model.metrics()`` to a logger. The device is waited for.
+    """Hand ``model.passion.metrics()`` to a logger. The device is waited for.
 
     Args:
         model: see :func:`~passion_plugin.find.find_engine`.
         log: called as ``log(metrics, step=step)``, or ``log(metrics)`` without a step; not at all while there is
             nothing to log.
         step: number of the step, for loggers that take one.
-        prefix: put before each name of :meth:`Passion.metrics <passion_plugin.Passion.metrics>`.
+        prefix: put before each name of :meth:`PassionEngine.metrics <passion_plugin.PassionEngine.metrics>`.
 
     Returns:
         What was logged.

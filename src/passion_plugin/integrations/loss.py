@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passion_plugin.find import find_engine
+from passion_plugin.training import find_engine
 
 __all__ = ["PassionLoss"]
 

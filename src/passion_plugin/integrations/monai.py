@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from passion_plugin.errors import UsageError
-from passion_plugin.find import find_engine
+from passion_plugin.errors import UsageError, require
 from passion_plugin.integrations.logging import MetricsLogger
-from passion_plugin.optional import require
+from passion_plugin.training import find_engine
 
 __all__ = ["PassionHandler"]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from passion_plugin.optional import require
+from passion_plugin.errors import require
 
 __all__ = ["TensorBoardLog"]
 

@@ -14,14 +14,17 @@ Example:
 
 from __future__ import annotations
 
-from passion_plugin.losses.pixel import pixel_distillation
-from passion_plugin.losses.prototype import prototype_distillation
-from passion_plugin.losses.segmentation import dice_loss, segmentation_loss, weighted_cross_entropy
+from passion_plugin.losses._labels import prepare_target, resize_labels
+from passion_plugin.losses._pixel import pixel_distillation
+from passion_plugin.losses._prototype import prototype_distillation
+from passion_plugin.losses._segmentation import dice_loss, segmentation_loss, weighted_cross_entropy
 
 __all__ = [
     "dice_loss",
     "pixel_distillation",
+    "prepare_target",
     "prototype_distillation",
+    "resize_labels",
     "segmentation_loss",
     "weighted_cross_entropy",
 ]

@@ -1,6 +1,6 @@
 """A synthetic multi-contrast brain with a lesion, so that everything runs without a download.
 
-Anatomy is a handful of deformed ellipsoids with soft edges (partial volume); contrasts come from the signal
+ModuleSummary is a handful of deformed ellipsoids with soft edges (partial volume); contrasts come from the signal
 equations of the sequences that a tumour protocol uses, evaluated on relaxation times of each tissue. What a
 lesion part looks like in which modality is therefore a consequence of physics and not painted in: oedema is
 bright in FLAIR and T2 and near grey matter in T1ce; the enhancing rim is bright in T1ce alone, because
@@ -13,8 +13,8 @@ Equations and relaxation times: :mod:`passion_plugin.phantom.contrast`.
 
 from __future__ import annotations
 
-from passion_plugin.phantom.cases import CLASSES, MODALITIES, PhantomDataset, make_case, standardise
-from passion_plugin.phantom.contrast import (
+from passion_plugin.phantom._cases import CLASSES, MODALITIES, PhantomDataset, make_case, standardise
+from passion_plugin.phantom._contrast import (
     PROTOCOL,
     TISSUES,
     Tissue,

@@ -16,7 +16,7 @@ Example:
 from __future__ import annotations
 
 from passion_plugin.testing import references
-from passion_plugin.testing.assertions import (
+from passion_plugin.testing._assertions import (
     assert_batch_independent,
     assert_class_permutation_invariant,
     assert_computed_in_float32,
@@ -27,7 +27,7 @@ from passion_plugin.testing.assertions import (
     assert_voxel_permutation_invariant,
     assert_zero_at_teacher,
 )
-from passion_plugin.testing.modality_assertions import (
+from passion_plugin.testing._modality_assertions import (
     assert_invariant_to_absent_content,
     assert_modality_permutation_equivariant,
     assert_modality_permutation_invariant,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["features", "labels", "logits", "presence_tables", "shapes"]
 
-Shape = tuple[int, ...]
+TensorMeta = tuple[int, ...]
 
 
 @st.composite
@@ -29,7 +29,7 @@ def shapes(
     channels: tuple[int, int] = (2, 4),
     axes: tuple[int, ...] = (2, 3),
     side: tuple[int, int] = (1, 4),
-) -> Shape:
+) -> TensorMeta:
     """Draw (B, K, *spatial), one voxel included.
 
     Args:
@@ -48,7 +48,7 @@ def shapes(
 
 @st.composite
 def logits(
-    draw: st.DrawFn, shape: Shape | None = None, *, scales: tuple[float, ...] = (1.0, 0.0, 10.0, 100.0)
+    draw: st.DrawFn, shape: TensorMeta | None = None, *, scales: tuple[float, ...] = (1.0, 0.0, 10.0, 100.0)
 ) -> Tensor:
     """Draw logits: uncertain, undecided (all equal), confident, or saturated.
 
@@ -65,7 +65,7 @@ def logits(
 
 
 @st.composite
-def labels(draw: st.DrawFn, shape: Shape | None = None) -> Tensor:
+def labels(draw: st.DrawFn, shape: TensorMeta | None = None) -> Tensor:
     """Draw class numbers that fit logits of ``shape``; each sample has classes of its own, often not all.
 
     Args:
@@ -85,7 +85,7 @@ def labels(draw: st.DrawFn, shape: Shape | None = None) -> Tensor:
 
 
 @st.composite
-def features(draw: st.DrawFn, shape: Shape | None = None, *, rectified: bool | None = None) -> Tensor:
+def features(draw: st.DrawFn, shape: TensorMeta | None = None, *, rectified: bool | None = None) -> Tensor:
     """Draw features as they enter a classifier: normal, or behind a ReLU, where whole voxels may be zero.
 
     Args:
@@ -133,5 +133,5 @@ def _generator(draw: st.DrawFn) -> torch.Generator:
     return torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
 
 
-def _normal(draw: st.DrawFn, shape: Shape) -> Tensor:
+def _normal(draw: st.DrawFn, shape: TensorMeta) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=_generator(draw))

@@ -14,18 +14,8 @@ Example:
 
 from __future__ import annotations
 
-from passion_plugin.testing.references._distillation import (
-    pixel_distillation,
-    prototype_distillation,
-    upsample,
-)
-from passion_plugin.testing.references._preference import (
-    epoch_beta,
-    epoch_eta,
-    gate,
-    relative_preference,
-    total_loss,
-)
+from passion_plugin.testing.references._distillation import pixel_distillation, prototype_distillation, upsample
+from passion_plugin.testing.references._preference import epoch_beta, epoch_eta, gate, relative_preference, total_loss
 from passion_plugin.testing.references._segmentation import dice_loss, weighted_cross_entropy
 
 __all__ = [

@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
+from passion_plugin._types import Mode, Outputs
 from passion_plugin.testing.references._arrays import Array, Input, one_hot, to_array
-from passion_plugin.validate import Mode, Outputs
 
 __all__ = ["pixel_distillation", "prototype_distillation", "upsample"]
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from passion_plugin.config import Mode
+from passion_plugin._types import Mode
 from passion_plugin.testing.references._arrays import Array, Input, to_array
 
 __all__ = ["epoch_beta", "epoch_eta", "gate", "relative_preference", "total_loss"]

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from passion_plugin._types import Mode, Outputs
 from passion_plugin.testing.references._arrays import Array, Input, one_hot, sigmoid, softmax, to_array
-from passion_plugin.validate import Mode, Outputs
 
 __all__ = ["dice_loss", "weighted_cross_entropy"]
 

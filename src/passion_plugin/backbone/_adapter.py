@@ -1,0 +1,309 @@
+"""A spec that has met its backbone: names resolved to modules, arguments located, masks translated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passion_plugin._validate import describe
+from passion_plugin.backbone._calls import (
+    BackboneCall,
+    batch_size,
+    blank,
+    check_images,
+    first_image,
+    locate_argument,
+    split,
+    vector_hint,
+)
+from passion_plugin.backbone._features import resolve_module
+from passion_plugin.backbone._masks import MaskCodec, check_mask, codec_for, encoded_like
+from passion_plugin.backbone._patching import (
+    patched_attributes,
+    patched_forward,
+    preserved_attributes,
+    preserved_buffers,
+)
+from passion_plugin.backbone._skipping import Layouts
+from passion_plugin.backbone._spec import BackboneSpec
+from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
+
+__all__ = ["BackboneAdapter"]
+
+
+class BackboneAdapter:
+    """A backbone and its spec, checked against each other.
+
+    Args:
+        backbone: the user's module; nothing is written to it.
+        spec: how to talk to it.
+        modalities: names, in the order of the user.
+        forward: what to call to run the backbone, when that is not the backbone itself.
+
+    Raises:
+        ConfigError: listing every name that does not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        spec: BackboneSpec,
+        modalities: Sequence[str],
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.spec = spec
+        self.modalities = tuple(modalities)
+        self.forward = forward
+        self.layouts: Layouts = {}
+        problems: list[str] = []
+        modules = dict(backbone.named_modules(remove_duplicate=False))
+
+        def resolve(name: str, role: str) -> nn.Module | None:
+            path, problem = resolve_module(backbone, name)
+            if path is None:
+                problems.append(f"{role}: {problem}")
+                return None
+            return modules[path]
+
+        self.classifier = resolve(spec.classifier, "classifier")
+        if isinstance(self.classifier, nn.Linear):
+            problems.append(
+                f"classifier: {spec.classifier!r} is a Linear layer, whose classes come last; logits must be "
+                f"(B, K, *spatial). A 1×1 convolution does the same"
+            )
+        self.coarse = [resolve(name, "coarse") for name in spec.deep_supervision]
+        self.encoders: dict[str, tuple[nn.Module, ...]] = {}
+        for modality, names in spec.encoders.items():
+            if modality not in self.modalities:
+                problems.append(f"encoders: unknown modality {modality!r}.{suggest(modality, self.modalities)}")
+            found = [resolve(name, f"encoders[{modality!r}]") for name in names]
+            self.encoders[modality] = tuple(module for module in found if module is not None)
+        lacking = [name for name in self.modalities if spec.encoders and name not in spec.encoders]
+        problems += [f"encoders: modality {name!r} has none" for name in lacking]
+        problems += _shared(self.encoders)
+        if spec.mask_columns is not None and sorted(spec.mask_columns) != sorted(self.modalities):
+            problems.append(f"mask_columns {spec.mask_columns} must be a permutation of {self.modalities}")
+        if not callable(spec.student_mode):
+            problems += [problem for name in spec.student_mode if (problem := self._missing_attribute(name))]
+        raise_problems(problems, what=f"the spec does not fit {type(backbone).__name__}", error=ConfigError)
+
+        several = not isinstance(spec.input_argument, (int, str))
+        keys = spec.input_argument if several else (spec.input_argument,)
+        self._several_inputs = several
+        self._inputs = [locate_argument(backbone, key) for key in keys]  # type: ignore[union-attr, arg-type]
+        self._mask = None if spec.mask_argument is None else locate_argument(backbone, spec.mask_argument)
+        self._whole = () if self._mask is None else (self._mask,)
+        self._light = {locate_argument(backbone, name): value for name, value in spec.student_kwargs.items()}
+        self._codec = (
+            spec.mask_format
+            if isinstance(spec.mask_format, MaskCodec)
+            else codec_for(spec.mask_format, spec.mask_meaning, spec.mask_columns, self.modalities)
+        )
+
+    def run(self, call: BackboneCall) -> Any:
+        """Call the backbone as its user would."""
+        return (self.forward or self.backbone)(*call.args, **call.kwargs)
+
+    def input_of(self, call: BackboneCall) -> Any:
+        """Return the images of a call: the argument itself, or a tuple when each modality is an argument."""
+        values = [call.get(argument) for argument in self._inputs]
+        if any(value is None for value in values):
+            raise InputError(f"the call has no {', '.join(map(str, self._inputs))}: the images of the backbone")
+        return tuple(values) if self._several_inputs else values[0]
+
+    def with_input(self, call: BackboneCall, x: Any) -> BackboneCall:
+        """Return the call with other images."""
+        for argument, value in zip(self._inputs, x if self._several_inputs else (x,), strict=True):
+            call = call.replaced(argument, value)
+        return call
+
+    def batch_of(self, call: BackboneCall) -> int:
+        """Return the batch size of a call."""
+        return batch_size(self.input_of(call), self.modalities)
+
+    def has_mask(self, call: BackboneCall) -> bool:
+        """Whether the call says which modalities are present."""
+        return self._mask is not None and call.get(self._mask) is not None
+
+    def check_batch(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
+        """Check images, mask and content of a call, and return what may be looked at; see :meth:`availability`.
+
+        Raises:
+            InputError: images that cannot be told apart by modality, a mask or ``presence`` that does not fit, or NaN
+                or infinity in a modality that is marked present.
+        """
+        if self.spec.fill_missing is None:
+            check_images(self.input_of(call), self.modalities)
+        available = self.availability(call, presence)
+        self.check_finite(call, available)
+        return available
+
+    def availability(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
+        """Return what may be looked at: at least what the mask of the call lets through.
+
+        Args:
+            call: arguments of a forward.
+            presence: bool (B, M) said by the user, or None to go by the mask.
+
+        Returns:
+            bool (B, M) on the CPU.
+
+        Raises:
+            InputError: as in :meth:`presence_of`, for ``presence`` too, or that contradicts the mask.
+        """
+        if presence is None:
+            return self.presence_of(call)
+        available = check_mask(presence, self.batch_of(call), self.modalities, what="passion_presence")
+        self._refuse_mixed(available)
+        if self.has_mask(call) and bool((self.presence_of(call) & ~available).any()):
+            raise InputError("the mask lets modalities through that passion_presence says are missing")
+        return available
+
+    def presence_of(self, call: BackboneCall) -> Tensor:
+        """Read the mask of a call.
+
+        Returns:
+            bool (B, M) on the CPU, in the order of ``modalities``.
+
+        Raises:
+            InputError: no mask, wrong dtype or shape, or a sample in which everything is missing.
+        """
+        batch = self.batch_of(call)
+        if not self.has_mask(call):
+            what, cure = f"was called without its mask ({self._mask})", ""
+            if self._mask is None:
+                what, cure = "takes no mask", ", or name the argument that says it: BackboneSpec(mask_argument=…)"
+            raise InputError(
+                f"the backbone {what}, so that nothing says which modalities are present: pass "
+                f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)}){cure}"
+            )
+        assert self._mask is not None
+        presence = check_mask(self._codec.decode(call.get(self._mask)), batch, self.modalities, what="the mask")
+        self._refuse_mixed(presence)
+        return presence
+
+    def check_finite(self, call: BackboneCall, presence: Tensor) -> None:
+        """Raise when a modality that is said to be present holds NaN or infinity.
+
+        Raises:
+            InputError: naming samples and modalities.
+        """
+        if self.spec.fill_missing is not None:
+            return
+        parts = split(self.input_of(call), self.modalities)
+        finite = torch.stack([part.isfinite().flatten(1).all(1).cpu() for part in parts], dim=1)
+        broken = (presence & ~finite).nonzero().tolist()
+        if broken:
+            listed = ", ".join(f"{self.modalities[column]!r} of sample {row}" for row, column in broken[:8])
+            raise InputError(
+                f"NaN or infinity in a modality that is marked present: {listed}. Mark it missing in the mask, or "
+                f"repair the image; nothing was computed from this batch"
+            )
+
+    def image_size(self, call: BackboneCall) -> tuple[int, ...] | None:
+        """Return the spatial size of the images, or None when they are in a container of their own kind."""
+        first = first_image(self.input_of(call), self.modalities)
+        return None if first is None else tuple(first.shape[2:])
+
+    def blanked(self, call: BackboneCall, keep: Tensor) -> BackboneCall:
+        """Return the call with every modality outside ``keep`` (bool (B, M)) made absent in the images."""
+        if bool(keep.all()):
+            return call
+        x = self.input_of(call)
+        if self.spec.fill_missing is None:
+            return self.with_input(call, blank(x, keep, self.modalities))
+        hidden = self.spec.fill_missing(x, keep)
+        if not isinstance(hidden, type(x)) or [leaf.shape for leaf in _leaves(hidden)] != [y.shape for y in _leaves(x)]:
+            raise BackboneError(
+                f"BackboneSpec.fill_missing gave {describe(hidden)} for {describe(x)}; it must return images of the "
+                f"same kind and shape, without the modalities outside the mask"
+            )
+        return self.with_input(call, hidden)
+
+    def run_masked(self, call: BackboneCall, keep: Tensor) -> Any:
+        """Run the backbone on a call with the modalities outside ``keep`` blanked and masked.
+
+        Args:
+            call: arguments of all the rows that take part.
+            keep: bool (B, M), the modalities that are let through.
+        """
+        call = self.blanked(call, keep)
+        for argument, value in self._light.items():
+            call = call.replaced(argument, value)
+        x = self.input_of(call)
+        first = first_image(x, self.modalities)
+        device = None if first is None else first.device
+        if self.spec.forward_fn is not None:
+            return self.spec.forward_fn(self.backbone, x, keep.to(device))
+        if self._mask is not None:
+            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self._codec, keep.to(device)))
+        return self.run(call)
+
+    def rows(self, call: BackboneCall, index: Tensor, batch: int) -> BackboneCall:
+        """Return the call reduced to some rows; its mask is left alone and has to be replaced."""
+        if torch.equal(index, torch.arange(batch)):
+            return call
+        return call.rows(index, batch, whole=self._whole)
+
+    def vector_hint(self, call: BackboneCall, batch: int) -> str:
+        """Say what :meth:`rows` may have left too long, if anything."""
+        return vector_hint(self.backbone, call, batch, whole=self._whole)
+
+    @contextmanager
+    def student_mode(self) -> Iterator[None]:
+        """Auxiliary outputs off; buffers and attributes at rest."""
+        with ExitStack() as stack:
+            if self.forward is not None:
+                stack.enter_context(patched_forward({self.backbone: self._bare}))
+            if callable(self.spec.student_mode):
+                stack.enter_context(self.spec.student_mode(self.backbone))
+            else:
+                stack.enter_context(patched_attributes(self.backbone, self.spec.student_mode))
+            stack.enter_context(preserved_buffers(self.backbone))
+            stack.enter_context(preserved_attributes(self.backbone))
+            yield
+
+    def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.forward is not None
+        return self.forward(*args, **kwargs)
+
+    def _refuse_mixed(self, presence: Tensor) -> None:
+        if not self.spec.per_sample_masks and not bool((presence == presence[0]).all()):
+            raise InputError(
+                "this backbone cannot mix masks in one batch (BackboneSpec.per_sample_masks is False), but the samples "
+                "have different ones: group samples by their modalities, or use batches of one"
+            )
+
+    def _missing_attribute(self, name: str) -> str:
+        owner, _, attribute = name.rpartition(".")
+        module = dict(self.backbone.named_modules(remove_duplicate=False)).get(owner)
+        if module is None or not hasattr(module, attribute):
+            known = [key for key in vars(module or self.backbone) if not key.startswith("_")]
+            return f"light: the backbone has no attribute {name!r}.{suggest(attribute, known)}"
+        return ""
+
+
+def _shared(encoders: Mapping[str, Sequence[nn.Module]]) -> list[str]:
+    owners: dict[int, str] = {}
+    problems = []
+    for modality, modules in encoders.items():
+        for module in modules:
+            other = owners.setdefault(id(module), modality)
+            if other != modality:
+                problems.append(
+                    f"encoders: {other!r} and {modality!r} name the same module. A shared encoder is not private "
+                    f"to a modality: leave it out, it will be run again for each student"
+                )
+    return problems
+
+
+def _leaves(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ()
+    return [leaf for value in values for leaf in _leaves(value)]

@@ -1,0 +1,299 @@
+"""Capture module outputs and replay them."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from passion_plugin.backbone._patching import Handler, get_rng_state, patched_forward, untraced
+from passion_plugin.backbone._student_inputs import StudentInput
+from passion_plugin.errors import BackboneError, suggest
+
+__all__ = ["FeatureCache", "OutputCapture", "clone_tensor", "resolve_module"]
+
+_LEAVES = (Tensor, int, float, complex, str, type(None))
+
+_MISCOUNT = (
+    "the encoder of {!r} was called {} times in a student pass but {} times in the fused pass, so that its "
+    "output cannot be replayed; set BackboneSpec(students='rerun')"
+)
+
+
+def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
+    """Find the module called ``name``, exactly or as a dotted suffix, never as a substring.
+
+    Args:
+        backbone: where to look.
+        name: ``"encoders.t1"`` or a suffix of whole components such as ``"t1"``.
+
+    Returns:
+        The full name and an empty string, or None and the sentence that says what is wrong.
+
+    Example:
+        >>> net = nn.ModuleDict({"encoders": nn.ModuleDict({"t1": nn.Identity(), "t1ce": nn.Identity()})})
+        >>> resolve_module(net, "t1")
+        ('encoders.t1', '')
+    """
+    known = [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
+    if name in known:
+        return name, ""
+    matches = [path for path in known if path.endswith(f".{name}")]
+    if len(matches) == 1:
+        return matches[0], ""
+    if matches:
+        return None, f"{name!r} matches several modules: {matches}. Give more of the dotted name"
+    close = suggest(name, known) or suggest(name, {path.rpartition(".")[2] for path in known})
+    return None, f"there is no module {name!r}.{close}"
+
+
+class OutputCapture:
+    """Keeps what enters and what leaves one module, which must be called exactly once.
+
+    Args:
+        name: of the module, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: list[tuple[Tensor, Tensor, int]] = []
+
+    @untraced
+    def __call__(self, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        """Run the module and keep its first input and its output."""
+        entering = args[0] if args else next(iter(kwargs.values()))
+        output = forward(*args, **kwargs)
+        if not isinstance(entering, Tensor) or not isinstance(output, Tensor):
+            raise BackboneError(f"{self.name!r} must take and return a tensor to be used as a classifier")
+        self.calls.append((entering, output, output._version))
+        return output
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return ``(input, output)`` of the only call.
+
+        Raises:
+            BackboneError: the module was not called, was called several times, or its output was changed
+                in place afterwards.
+        """
+        if len(self.calls) != 1:
+            raise BackboneError(
+                f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. "
+                f"Name the layer of the fused prediction as BackboneSpec.classifier (and in BackboneSpec."
+                f"deep_supervision layers that run once); a layer shared with auxiliary decoders cannot be used, nor one that was "
+                f"replaced after wrapping"
+            )
+        entering, output, version = self.calls[0]
+        if output._version != version:
+            raise BackboneError(
+                f"the output of {self.name!r} was changed in place after the call (an in-place softmax or "
+                f"addition?), so its logits are gone. Make that operation out of place"
+            )
+        return entering, output
+
+
+class FeatureCache:
+    """The outputs of all encoder modules in one pass, to be replayed in later passes.
+
+    Containers are rebuilt on record and on every replay: public encoders return one mutable list again and
+    again, or hand out a list that the decoder pops from.
+
+    Args:
+        encoders: modules of each modality, by name.
+        copy: keep and replay copies, for backbones that change encoder outputs in place.
+    """
+
+    def __init__(self, encoders: Mapping[str, Sequence[nn.Module]], *, copy: bool = False) -> None:
+        self.encoders = encoders
+        self.copy = copy
+        self.outputs: dict[nn.Module, list[Any]] = defaultdict(list)
+        self.versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
+        self.rng_state: Any = None
+
+    def recording(self, *, features: bool = True, keep_rng_state: bool = False) -> dict[nn.Module, Handler]:
+        """Return the handlers that fill this record.
+
+        Args:
+            features: keep the outputs.
+            keep_rng_state: remember the state of the generators after the last encoder.
+        """
+
+        @untraced
+        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self._keep(owner, module, output, features, keep_rng_state)
+            return output
+
+        return self._handlers(handler)
+
+    def features(self, modality: str) -> list[Tensor]:
+        """Return every tensor that the encoder modules of ``modality`` put out, in call order."""
+        return [leaf for module in self.encoders[modality] for out in self.outputs[module] for leaf in _tensors(out)]
+
+    def check_trainable(self) -> None:
+        """Raise when an encoder with trainable parameters gave features without gradient.
+
+        Raises:
+            BackboneError: reentrant activation checkpointing runs the encoder without gradient; what is
+                distilled would silently never reach it.
+        """
+        for name, modules in self.encoders.items():
+            for module in modules:
+                trainable = any(parameter.requires_grad for parameter in module.parameters())
+                floating = [leaf for out in self.outputs[module] for leaf in _tensors(out) if leaf.is_floating_point()]
+                if trainable and floating and not any(leaf.requires_grad for leaf in floating):
+                    raise BackboneError(
+                        f"the encoder of {name!r} has trainable parameters but its output carries no gradient: "
+                        f"reentrant activation checkpointing, or a detach. Call "
+                        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set "
+                        f"BackboneSpec(students='rerun')"
+                    )
+
+    @contextmanager
+    def replaying(
+        self, student_input: StudentInput, batch: int, *, others: FeatureCache | None = None
+    ) -> Iterator[None]:
+        """Answer for all encoders with what they gave before, while the context is open.
+
+        The features of the modalities of the student keep their gradient: students train the encoders. Those of
+        the other modalities are detached, since a student must not move the encoder of another modality.
+
+        Args:
+            student_input: which modalities are let through in which rows.
+            batch: batch size of the recorded pass.
+            others: where the features of the other modalities come from; a record of one sample in which
+                everything was absent, or None for this record.
+
+        Raises:
+            BackboneError: the encoders were not called as in the recorded pass.
+        """
+        students = student_input.modalities
+        served: dict[nn.Module, int] = defaultdict(int)
+        # Picked before the pass and not inside it: a backbone that checkpoints its encoder would save what the
+        # picking needs, and not find it again when it runs the real encoder a second time.
+        replies = {
+            module: [
+                self._reply(module, call, owner, student_input, batch, others)
+                for call in range(len(self.outputs[module]))
+            ]
+            for owner, modules in self.encoders.items()
+            for module in modules
+        }
+
+        @untraced
+        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            call = served[module]
+            served[module] += 1
+            if call < len(replies[module]):
+                return self._given(replies[module][call])
+            if owner in students:
+                raise BackboneError(_MISCOUNT.format(owner, served[module], len(replies[module])))
+            return forward(*args, **kwargs)
+
+        with patched_forward(self._handlers(handler)):
+            yield
+        for modality in students:
+            for module in self.encoders[modality]:
+                if served[module] != len(self.outputs[module]):
+                    raise BackboneError(_MISCOUNT.format(modality, served[module], len(self.outputs[module])))
+
+    def no_grad_except(self, modalities: Collection[str]) -> dict[nn.Module, Handler]:
+        """Return handlers under which only the encoders of ``modalities`` are run with gradient."""
+
+        @untraced
+        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            if owner in modalities:
+                return forward(*args, **kwargs)
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+
+        return self._handlers(handler)
+
+    def _reply(
+        self,
+        module: nn.Module,
+        call: int,
+        owner: str,
+        student_input: StudentInput,
+        batch: int,
+        others: FeatureCache | None,
+    ) -> Any:
+        own = owner in student_input.modalities
+        source, size = (self, batch) if own or others is None else (others, 1)
+        pick = functools.partial(_pick, rows=student_input.rows, batch=size, detach=not own)
+        return tree_map(pick, source._kept(module, call, owner))
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _keep(self, owner: str, module: nn.Module, output: Any, features: bool, keep_rng_state: bool) -> None:
+        if features:
+            _check_leaves(output, owner)
+            kept = self._given(output)
+            self.outputs[module].append(kept)
+            self.versions[module].append(_versions(kept))
+        if keep_rng_state:
+            self.rng_state = get_rng_state()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _given(self, output: Any) -> Any:
+        return tree_map(clone_tensor if self.copy else _same, output)
+
+    def _kept(self, module: nn.Module, call: int, owner: str) -> Any:
+        output, versions = self.outputs[module][call], self.versions[module][call]
+        if _versions(output) != versions:
+            raise BackboneError(
+                f"the backbone changed the output of the encoder of {owner!r} in place, so that it cannot be "
+                f"replayed; set BackboneSpec(copy_features=True)"
+            )
+        return output
+
+    def _handlers(self, handler: Handler) -> dict[nn.Module, Handler]:
+        return {
+            module: functools.partial(handler, owner, module)
+            for owner, modules in self.encoders.items()
+            for module in modules
+        }
+
+
+def _check_leaves(output: Any, owner: str) -> None:
+    strange = {type(leaf).__name__ for leaf in tree_flatten(output)[0] if not isinstance(leaf, _LEAVES)}
+    if strange:
+        raise BackboneError(
+            f"the encoder of {owner!r} returns {', '.join(sorted(strange))}, in which features cannot be found to be "
+            f"replayed. Name the modules inside it as encoders, or set BackboneSpec(students='rerun')"
+        )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+
+
+def _versions(output: Any) -> list[int]:
+    return [leaf._version for leaf in _tensors(output)]
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def clone_tensor(leaf: Any) -> Any:
+    """Return a copy of a tensor, and anything else as it is; for ``tree_map``."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _pick(leaf: Any, *, rows: Tensor, batch: int, detach: bool) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.ndim == 0 or leaf.shape[0] != batch:
+        raise BackboneError(
+            f"an encoder output of shape {tuple(leaf.shape)} does not have the batch size {batch} in front, so "
+            f"that its samples cannot be told apart; set BackboneSpec(students='rerun')"
+        )
+    leaf = leaf.detach() if detach else leaf
+    if batch == 1:
+        return leaf.expand(len(rows), *leaf.shape[1:])
+    return leaf if len(rows) == batch else leaf.index_select(0, rows.to(leaf.device))

@@ -1,0 +1,184 @@
+"""How a backbone wants to be told which modalities are present."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passion_plugin._validate import unreadable
+from passion_plugin.errors import InputError
+
+__all__ = ["MASK_FORMATS", "MaskCodec", "check_mask", "encoded_like"]
+
+MASK_FORMATS = ("bool", "float", "int", "indices")
+
+
+@dataclass(frozen=True)
+class MaskCodec:
+    """A translation between our mask and the one a backbone takes.
+
+    Attributes:
+        encode: ``(mask) -> raw``, from a bool mask (B, M), True = present, to what the backbone takes.
+        decode: ``(raw) -> mask``, the way back: bool (B, M), or (M,) for a mask that holds for the whole batch.
+
+    Example: a bit code for the whole batch, bit ``m`` set when modality ``m`` is present.
+
+        >>> codec = MaskCodec(
+        ...     encode=lambda mask: sum(1 << m for m, here in enumerate(mask[0].tolist()) if here),
+        ...     decode=lambda code: torch.tensor([bool(code >> m & 1) for m in range(4)]),
+        ... )
+        >>> codec.encode(torch.tensor([[True, False, True, False]]))
+        5
+    """
+
+    encode: Callable[[Tensor], Any]
+    decode: Callable[[Any], Tensor]
+
+
+def codec_for(mask_format: str, meaning: str, columns: Sequence[str] | None, modalities: Sequence[str]) -> MaskCodec:
+    """Return the codec of a built-in format.
+
+    Args:
+        mask_format: one of :data:`MASK_FORMATS`. ``"bool"``, ``"float"`` and ``"int"`` are tensors (B, M);
+            ``"indices"`` is a list of column numbers for the whole batch.
+        meaning: ``"present"`` or ``"missing"``, what a True (1, listed) entry says.
+        columns: modality of each mask column when that is not the order of ``modalities``.
+        modalities: names, in the order of the user.
+    """
+    order = [modalities.index(name) for name in columns] if columns else list(range(len(modalities)))
+    inverse = [order.index(m) for m in range(len(modalities))]
+    codec = _TensorCodec if mask_format != "indices" else _IndexCodec
+    translation = codec(mask_format, meaning == "missing", tuple(order), tuple(inverse))
+    return MaskCodec(translation.encode, translation.decode)
+
+
+def encoded_like(given: Any, codec: MaskCodec, mask: Tensor) -> Any:
+    """Return what a backbone takes for ``mask``, in the number format of the mask that its user gave.
+
+    The features of a network in bfloat16 become float32 under a float32 mask, which its next layer refuses.
+
+    Args:
+        given: the mask in the user's call, or None.
+        codec: how the backbone is told.
+        mask: bool (B, M), True = present.
+
+    Example:
+        >>> codec = codec_for("float", "present", None, ("t1", "t2"))
+        >>> encoded_like(torch.ones(1, 2).half(), codec, torch.tensor([[True, False]]))
+        tensor([[1., 0.]], dtype=torch.float16)
+    """
+    raw = codec.encode(mask)
+    if not isinstance(raw, Tensor) or not isinstance(given, Tensor):
+        return raw
+    same_kind = raw.is_floating_point() == given.is_floating_point() and torch.bool not in (raw.dtype, given.dtype)
+    return raw.to(given.dtype) if same_kind else raw
+
+
+def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what: str) -> Tensor:
+    """Return ``mask`` as a bool tensor (B, M) on the CPU, or raise with what is wrong with it.
+
+    Args:
+        mask: bool tensor (B, M), or (M,) for the whole batch; True = present.
+        batch: expected batch size, or None when unknown.
+        modalities: names of the columns.
+        what: how the caller names it in the error.
+
+    Raises:
+        InputError: wrong type, dtype or shape, or a sample in which every modality is missing.
+    """
+    count = len(modalities)
+    if not isinstance(mask, Tensor):
+        raise InputError(f"{what} must be a torch.bool tensor (batch, {count}), got {type(mask).__name__}")
+    if reason := unreadable(mask):
+        raise InputError(f"{what} {reason}")
+    if mask.dtype != torch.bool:
+        raise InputError(
+            f"{what} must have dtype torch.bool, got {mask.dtype}: an integer mask indexes instead of masking "
+            f"and silently hides nothing in many backbones. Pass mask.bool()"
+        )
+    if mask.ndim == 1 and batch is not None:
+        mask = mask.expand(batch, -1)
+    if mask.ndim != 2 or mask.shape[1] != count or (batch is not None and mask.shape[0] != batch):
+        expected = f"({batch if batch is not None else 'batch'}, {count})"
+        raise InputError(
+            f"{what} must have shape {expected}, one column for each of {tuple(modalities)}, got {tuple(mask.shape)}"
+        )
+    if mask.shape[0] == 0:
+        raise InputError(f"{what} is for an empty batch; skip batches without samples")
+    mask = mask.detach().cpu()
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"{what}: every modality is missing in sample(s) {empty}. Leave such samples out")
+    return mask
+
+
+@dataclass(frozen=True)
+class _TensorCodec:
+    mask_format: str
+    inverted: bool
+    order: tuple[int, ...]
+    inverse: tuple[int, ...]
+
+    def encode(self, mask: Tensor) -> Tensor:
+        mask = mask[:, list(self.order)] ^ self.inverted
+        dtype = {"bool": torch.bool, "float": torch.get_default_dtype(), "int": torch.int64}[self.mask_format]
+        return mask.to(dtype)
+
+    def decode(self, raw: Any) -> Tensor:
+        if not isinstance(raw, Tensor):
+            raise InputError(f"the mask must be a tensor of format {self.mask_format!r}, got {type(raw).__name__}")
+        if reason := unreadable(raw):
+            raise InputError(f"the mask {reason}")
+        matches = {
+            "bool": raw.dtype == torch.bool,
+            "float": raw.is_floating_point(),
+            "int": not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool),
+        }[self.mask_format]
+        if not matches:
+            raise InputError(
+                f"the mask must be a {self.mask_format} tensor for this backbone, got dtype {raw.dtype}: with "
+                f"another dtype many backbones silently mask nothing. Convert it, or set BackboneSpec.mask_format"
+            )
+        if raw.dtype != torch.bool and not bool(((raw == 0) | (raw == 1)).all()):
+            raise InputError("the mask must hold only 0 and 1")
+        if raw.ndim != 2 or raw.shape[1] != len(self.order):
+            raise InputError(f"the mask must have shape (batch, {len(self.order)}), got {tuple(raw.shape)}")
+        return (raw.bool() ^ self.inverted)[:, list(self.inverse)]
+
+
+@dataclass(frozen=True)
+class _IndexCodec:
+    mask_format: str
+    inverted: bool
+    order: tuple[int, ...]
+    inverse: tuple[int, ...]
+
+    def encode(self, mask: Tensor) -> list[int]:
+        if not bool((mask == mask[0]).all()):
+            raise InputError("a list of indices holds for the whole batch, but the samples have different masks")
+        return (mask[0, list(self.order)] ^ self.inverted).nonzero().flatten().tolist()
+
+    def decode(self, raw: Any) -> Tensor:
+        if isinstance(raw, Tensor):
+            if reason := unreadable(raw):
+                raise InputError(f"the mask {reason}")
+            raw = raw.tolist()
+        # A bool is an int: [True, False] would be columns 1 and 0.
+        if not isinstance(raw, Sequence) or not all(type(index) is int for index in raw):
+            raise InputError(
+                f"the mask must be a list of modality indices for the whole batch, got {reprlib.repr(raw)}"
+            )
+        indices = list(raw)
+        count = len(self.order)
+        if any(not 0 <= index < count for index in indices) or len(set(indices)) != len(indices):
+            raise InputError(
+                f"the mask, a list of modality indices, must hold each of 0..{count - 1} at most once, got "
+                f"{reprlib.repr(indices)}"
+            )
+        listed = torch.tensor([column in indices for column in range(count)])
+        return (listed ^ self.inverted)[list(self.inverse)]

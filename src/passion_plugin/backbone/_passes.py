@@ -1,0 +1,243 @@
+"""The two kinds of passes through a backbone: the fused one, and students that see some modalities only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from passion_plugin.backbone._adapter import BackboneAdapter
+from passion_plugin.backbone._calls import BackboneCall
+from passion_plugin.backbone._features import FeatureCache, OutputCapture, clone_tensor
+from passion_plugin.backbone._patching import get_rng_state, patched_forward, preserved_rng_state, set_rng_state
+from passion_plugin.backbone._prediction import Prediction
+from passion_plugin.backbone._skipping import skipping
+from passion_plugin.backbone._student_inputs import StudentInput
+from passion_plugin.errors import BackboneError, PassionError, short
+
+__all__ = ["FusedPass", "Skip", "explain_errors", "fused_pass", "passes_reentrant", "reentrant_problem", "student_pass"]
+
+Skip = Literal["no", "absent", "rows"]
+"""Where encoders of missing modalities are left out."""
+
+
+# Told by class and not by words: a slot called "malloc_gate" may be missing. CUDA errors are AcceleratorError since
+# PyTorch 2.8, and a plain RuntimeError before.
+_OF_THE_MACHINE: tuple[type[BaseException], ...] = (
+    MemoryError,
+    torch.OutOfMemoryError,
+    *(
+        found
+        for owner, name in ((torch, "AcceleratorError"), (torch.distributed, "DistError"))
+        if (found := getattr(owner, name, None)) is not None
+    ),
+)
+
+
+@dataclass(frozen=True)
+class FusedPass:
+    """The pass with everything that is available, and what students need of it.
+
+    Attributes:
+        call: the arguments, with absent modalities blanked.
+        batch: batch size.
+        raw: what the backbone returned, untouched.
+        prediction: the teacher, with its gradient.
+        record: encoder outputs.
+        absent: encoder outputs of one sample in which everything is absent, for mixed replay.
+    """
+
+    call: BackboneCall
+    batch: int
+    raw: Any
+    prediction: Prediction
+    record: FeatureCache
+    absent: FeatureCache | None
+
+
+def fused_pass(
+    adapter: BackboneAdapter,
+    call: BackboneCall,
+    presence: Tensor,
+    *,
+    keep_rng_state: bool = False,
+    keep_features: bool = False,
+    copy_features: bool = False,
+    skip: Skip = "no",
+) -> FusedPass:
+    """Run the backbone on all that is available and listen.
+
+    Absent modalities are blanked in the images first: a NaN that stands for "missing" would otherwise come
+    back as 0 × NaN in the gradient of their encoders.
+
+    Args:
+        adapter: the backbone.
+        call: the user's arguments.
+        presence: bool (B, M), modalities whose content may be looked at.
+        keep_rng_state: keep the random state after the last encoder.
+        keep_features: record what the encoders put out even if no student replays it.
+        copy_features: replay copies although the backbone does not ask for them. The graph is then the same
+            whichever rows a student takes, which a sharded backbone needs: it gathers parameters in backward.
+        skip: leave encoders out where their modality is ``"absent"`` from the whole batch, or from single
+            ``"rows"`` too.
+    """
+    call = adapter.blanked(call, presence)
+    given = call
+    if adapter.spec.students in ("rerun", "mixed"):
+        # Students read the images again; a backbone that writes into them must not spoil that.
+        given = adapter.with_input(call, tree_map(clone_tensor, adapter.input_of(call)))
+    record = FeatureCache(adapter.encoders, copy=adapter.spec.copy_features or copy_features)
+    record.rng_state = get_rng_state() if keep_rng_state else None
+    replayed = adapter.spec.students in ("replay", "mixed", "heads")
+    recording = record.recording(features=replayed or keep_features, keep_rng_state=keep_rng_state)
+    skipped = {}
+    if skip != "no":
+        skipped = skipping(adapter.encoders, adapter.modalities, presence, adapter.layouts, by_rows=skip == "rows")
+    with patched_forward(skipped), patched_forward(recording), _captured(adapter) as captures:
+        raw = adapter.run(given)
+    if torch.is_grad_enabled() and replayed:
+        record.check_trainable()
+    with preserved_rng_state(keep_rng_state):
+        absent = _absent_record(adapter, call, len(presence)) if adapter.spec.students == "mixed" else None
+    return FusedPass(call, len(presence), raw, _prediction(captures), record, absent)
+
+
+def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: StudentInput) -> Prediction:
+    """Run the backbone with some modalities let through, in student mode, with buffers at rest.
+
+    Args:
+        adapter: the backbone.
+        fused: the fused pass of this step.
+        student_input: which modalities are let through in which rows.
+
+    Returns:
+        The prediction of these rows.
+
+    Raises:
+        BackboneError: it is not one of these rows, or carries no gradient although it should.
+    """
+    modalities, rows = student_input.modalities, student_input.rows
+    keep = torch.zeros(len(rows), len(adapter.modalities), dtype=torch.bool)
+    keep[:, [adapter.modalities.index(modality) for modality in modalities]] = True
+    call = adapter.rows(fused.call, rows, fused.batch)
+    if fused.record.rng_state is not None:
+        set_rng_state(fused.record.rng_state)
+    if adapter.spec.students in ("replay", "mixed"):
+        others = fused.record.replaying(student_input, fused.batch, others=fused.absent)
+    else:
+        others = patched_forward(fused.record.no_grad_except(modalities))
+    with adapter.student_mode(), others, _captured(adapter) as captures:
+        adapter.run_masked(call, keep)
+    prediction = _prediction(captures)
+    if len(prediction.logits) != len(rows):
+        raise BackboneError(
+            f"the student of {', '.join(modalities)} was given {len(rows)} sample(s), but its prediction "
+            f"has {len(prediction.logits)}{adapter.vector_hint(fused.call, fused.batch)}"
+        )
+    if torch.is_grad_enabled() and not prediction.features.requires_grad and _can_learn(adapter, modalities):
+        raise BackboneError(
+            f"the features of the student of {', '.join(modalities)} carry no gradient, so that nothing "
+            f"would be distilled: reentrant activation checkpointing? Use checkpoint(..., use_reentrant=False)"
+        )
+    return prediction
+
+
+@contextmanager
+def explain_errors(what: str, hint: Callable[[], str] | None = None) -> Iterator[None]:
+    """Say of an exception that it comes from a pass that the user never asked for.
+
+    What the machine raises, such as having no memory left, keeps its class and its message, which batch-size finders
+    look at, and gets a note. Only for passes within forward: checkpoints recompute in backward, and stop that by an
+    exception of their own.
+
+    Args:
+        what: what the pass gives to the backbone.
+        hint: returns what may be wrong with it; called when something is.
+
+    Raises:
+        BackboneError: instead of an exception of the backbone.
+    """
+    try:
+        yield
+    except PassionError:
+        raise
+    except Exception as error:
+        if isinstance(error, _OF_THE_MACHINE):
+            # add_note() of Python 3.11 does the same.
+            vars(error).setdefault("__notes__", []).append(f"while the backbone was given {what}")
+            raise
+        few = any(f"more than 1 {lacking}" in str(error) for lacking in ("value", "spatial element"))
+        cause = ". Use larger batches or images, or layers without batch statistics" if few else hint() if hint else ""
+        raise BackboneError(
+            f"the backbone ran on the batch, but raises when it is given {what}: {short(error)}{cause}"
+        ) from error
+
+
+def _can_learn(adapter: BackboneAdapter, modalities: Sequence[str]) -> bool:
+    """Whether these modalities can learn in front of the classifier: in their encoders, where they are known."""
+    own = [module for name in modalities for module in adapter.encoders.get(name, ())]
+    others = [module for name, group in adapter.encoders.items() if name not in modalities for module in group]
+    others += [] if adapter.classifier is None else [adapter.classifier]
+    elsewhere = {parameter for module in others for parameter in module.parameters()}
+    modules = own or [adapter.backbone]
+    return any(p.requires_grad for module in modules for p in module.parameters() if p not in elsewhere)
+
+
+@contextmanager
+def _captured(adapter: BackboneAdapter) -> Iterator[list[OutputCapture]]:
+    modules = [adapter.classifier, *adapter.coarse]
+    captures = [OutputCapture(name) for name in (adapter.spec.classifier, *adapter.spec.deep_supervision)]
+    with patched_forward({module: tap for module, tap in zip(modules, captures, strict=True) if module is not None}):
+        yield captures
+
+
+def _prediction(captures: Sequence[OutputCapture]) -> Prediction:
+    features, logits = captures[0].result()
+    return Prediction(logits, features, tuple(tap.result()[1] for tap in captures[1:]))
+
+
+@torch.no_grad()
+def _absent_record(adapter: BackboneAdapter, call: BackboneCall, batch: int) -> FeatureCache:
+    """Record what the encoders make of one sample in which every modality is absent."""
+    record = FeatureCache(adapter.encoders, copy=adapter.spec.copy_features)
+    nothing = torch.zeros(1, len(adapter.modalities), dtype=torch.bool)
+    call = adapter.blanked(adapter.rows(call, torch.tensor([0]), batch), nothing)
+    what = "one sample in which every modality is absent"
+    with explain_errors(what), adapter.student_mode(), patched_forward(record.recording()):
+        adapter.run_masked(call, ~nothing)
+    return record
+
+
+def passes_reentrant(outputs: Any) -> bool:
+    """Whether the graph behind any tensor in ``outputs`` passes through reentrant activation checkpointing."""
+    waiting = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            return True
+        waiting += [parent for parent, _ in node.next_functions]
+    return False
+
+
+def reentrant_problem(names: Sequence[str] = ()) -> str:
+    """Return the sentence that says what is wrong and what to do.
+
+    Args:
+        names: encoders and classifier that were seen to run without gradient.
+    """
+    around = f" around {', '.join(map(repr, names))}" if names else ""
+    return (
+        f"reentrant activation checkpointing{around}: what is inside runs without gradient, and again in a backward of "
+        f"its own for the fused pass and every student. Features cannot be recorded there, DistributedDataParallel "
+        f"refuses the repeated backward and fully_shard gets wrong gradients. Call "
+        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False), which saves as much memory"
+    )

@@ -1,0 +1,202 @@
+"""Subsets of modalities: their order, their names, their masks, and random ones for training."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from passion_plugin._validate import as_tuple, describe, is_one_of
+from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
+
+__all__ = ["all_subsets", "drop_modalities", "modality_problems", "parse_subset", "subset_mask", "subset_name"]
+
+_MOST_MODALITIES = 16
+
+_RESERVED = "+,=\"'"
+
+UniformOver = Literal["subsets", "sizes"]
+
+
+def modality_problems(modalities: Sequence[str]) -> list[str]:
+    """Return what is wrong with names of modalities, one sentence each; an empty list when nothing is.
+
+    Names appear in file headers and in names of subsets, so ``+ , = " '``, white space at the ends and a
+    leading ``#`` are refused.
+    """
+    names = as_tuple(modalities)
+    if names is None:
+        what = "one string" if isinstance(modalities, str) else type(modalities).__name__
+        return [f"modalities={modalities!r} is {what}; pass a tuple of names"]
+    problems = []
+    if not names:
+        problems.append("modalities is empty; pass at least one name")
+    for name in names:
+        if not isinstance(name, str):
+            problems.append(f"modality {name!r} is {type(name).__name__}; names are strings")
+        elif (
+            not name.strip()
+            or name != name.strip()
+            or name[0] == "#"
+            or not name.isprintable()
+            or any(character in name for character in _RESERVED)
+        ):
+            problems.append(
+                f"modality {name!r}: a name must be printable, without + , = or quotes, without spaces at "
+                "its ends, and not start with #"
+            )
+    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
+    if repeated:
+        problems.append(f"modality {', '.join(map(repr, repeated))} is named more than once; use distinct names")
+    return problems
+
+
+def all_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return all 2^M - 1 non-empty subsets, in the order that every table of this library uses.
+
+    Smaller subsets first; within a size in the order of ``modalities`` (lexicographic by position).
+
+    Args:
+        modalities: M names, in mask-column order.
+
+    Returns:
+        Tuples of names, each in the order of ``modalities``.
+
+    Raises:
+        ConfigError: bad or repeated names, or more than 16 of them.
+
+    Example:
+        >>> all_subsets(("flair", "t1ce", "t2"))[2:5]
+        [('t2',), ('flair', 't1ce'), ('flair', 't2')]
+    """
+    problems = modality_problems(modalities)
+    if not problems and len(modalities) > _MOST_MODALITIES:
+        problems.append(f"{len(modalities)} modalities have {2 ** len(modalities) - 1} subsets; list those you need")
+    raise_problems(problems, what="all_subsets")
+    return [subset for size in range(1, len(modalities) + 1) for subset in itertools.combinations(modalities, size)]
+
+
+def subset_name(subset: Iterable[str]) -> str:
+    """Return the name of a subset: its members joined by ``+``.
+
+    Example:
+        >>> subset_name(("flair", "t1ce"))
+        'flair+t1ce'
+    """
+    return "+".join([subset] if isinstance(subset, str) else subset)
+
+
+def parse_subset(subset: str | Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:
+    """Return a subset as a tuple in the order of ``modalities``, whatever order it was given in.
+
+    Args:
+        subset: a name such as ``"flair+t1ce"``, or the member names.
+        modalities: M names, in mask-column order.
+
+    Returns:
+        The members, without repetition, in mask-column order.
+
+    Raises:
+        ConfigError: an unknown or repeated member (with close matches), or no member.
+
+    Example:
+        >>> parse_subset("t1ce + flair", ("flair", "t1ce", "t1", "t2"))
+        ('flair', 't1ce')
+    """
+    raise_problems(modality_problems(modalities), what=f"subset {subset!r}")
+    wanted = as_tuple(subset.split("+") if isinstance(subset, str) else subset) or ()
+    names = [name.strip() if isinstance(name, str) else name for name in wanted]
+    problems = [
+        f"unknown modality {name!r}.{suggest(str(name), modalities)}"
+        for name in names
+        if not is_one_of(name, tuple(modalities))
+    ]
+    if not names:
+        problems.append("it is empty; name at least one modality")
+    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
+    if repeated:
+        problems.append(f"{', '.join(map(repr, repeated))} is named more than once")
+    raise_problems(problems, what=f"subset {subset!r}")
+    return tuple(name for name in modalities if name in names)
+
+
+def subset_mask(subset: str | Iterable[str], modalities: Sequence[str]) -> Tensor:
+    """Return the mask of a subset.
+
+    Args:
+        subset: a name such as ``"flair+t1ce"``, or the member names.
+        modalities: M names, in mask-column order.
+
+    Returns:
+        (M,) bool, True where the modality belongs to the subset.
+
+    Raises:
+        ConfigError: as in :func:`parse_subset`.
+
+    Example:
+        >>> subset_mask("t1ce+t2", ("flair", "t1ce", "t1", "t2")).tolist()
+        [False, True, False, True]
+    """
+    names = parse_subset(subset, modalities)
+    return torch.tensor([name in names for name in modalities])
+
+
+def drop_modalities(
+    presence: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    uniform_over: UniformOver = "subsets",
+) -> Tensor:
+    """Keep a random non-empty subset of what each sample has, drawn anew at every call.
+
+    On incomplete data this is the IDT-drop setting; on complete data (``presence`` all True) it is PDT.
+
+    Args:
+        presence: (B, M) bool, True = present, at least one per row.
+        generator: source of randomness, on any device; the default one of the device otherwise.
+        uniform_over: ``"subsets"``: each non-empty subset of the n available modalities has probability
+            1 / (2^n - 1). ``"sizes"``: first the number of modalities, uniform in 1..n, then a subset of that
+            size; single modalities and complete samples are seen more often.
+
+    Returns:
+        (B, M) bool on the device of ``presence``; never True where ``presence`` is False.
+
+    Raises:
+        InputError: wrong shape or dtype, or a row without any modality (looked at on the CPU only).
+        ConfigError: unknown ``uniform_over``.
+
+    Example:
+        >>> presence = torch.tensor([[True, True, False], [False, True, False]])
+        >>> drop_modalities(presence, generator=torch.Generator().manual_seed(2))
+        tensor([[ True,  True, False],
+                [False,  True, False]])
+    """
+    if not is_one_of(uniform_over, get_args(UniformOver)):
+        raise ConfigError(
+            f"uniform_over={uniform_over!r} is unknown.{suggest(str(uniform_over), get_args(UniformOver))}"
+        )
+    if not isinstance(presence, Tensor) or presence.dtype != torch.bool or presence.ndim != 2:
+        raise InputError(
+            f"drop_modalities: presence is {describe(presence)}; pass torch.bool of shape (B, M), True = present"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(f"drop_modalities: generator is {describe(generator)}; pass a torch.Generator or None")
+    if presence.device.type == "cpu" and not bool(presence.any(1).all()):
+        rows = (~presence.any(1)).nonzero().flatten().tolist()
+        raise InputError(f"drop_modalities: no modality at all in rows {rows}; drop such samples from the data")
+    source = presence.device if generator is None else generator.device
+    batch, size = presence.shape
+    # Integers are exact and exist on every device; the remainder is uniform to 1 part in 2^46 for M <= 16.
+    draw = torch.randint(2**62, (batch, 1), generator=generator, device=source).to(presence.device)
+    available = presence.sum(1, keepdim=True).clamp(min=1)
+    if uniform_over == "sizes":
+        order = torch.rand(batch, size, generator=generator, device=source).to(presence.device)
+        ranks = order.masked_fill(~presence, 2).argsort(1).argsort(1)
+        return presence & (ranks <= draw % available)
+    code = 1 + draw % ((1 << available) - 1)
+    position = (presence.long().cumsum(1) - 1).clamp(min=0)
+    return presence & ((code >> position) & 1).bool()

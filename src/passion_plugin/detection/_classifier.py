@@ -1,0 +1,158 @@
+"""Finding the classifier by value: the last layer whose output is the prediction."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from passion_plugin.backbone import Handler
+
+__all__ = ["ClassifierSearch", "Match", "follows"]
+
+_EXACT = 8
+"""How many units in the last place a recomputed softmax or interpolation may be off."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A layer whose output gives the prediction.
+
+    Attributes:
+        name: of the layer.
+        relation: what happens to its output on the way to the prediction; empty when nothing does.
+        classes: K, number of output channels.
+        channels_last: the layer puts the classes into the last dimension.
+    """
+
+    name: str
+    relation: str
+    classes: int
+    channels_last: bool = False
+
+
+@dataclass
+class ClassifierSearch:
+    """Compares what layers put out with the prediction while the network runs.
+
+    Attributes:
+        prediction: (B, K, *spatial), as the backbone returns it.
+        names: of the modules to look at.
+        matches: layers whose output gives the prediction, in call order.
+        calls: how often each layer ran.
+        candidates: layers with an output of prediction-like shape, for messages.
+    """
+
+    prediction: Tensor
+    names: dict[nn.Module, str]
+    matches: list[Match] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    candidates: list[str] = field(default_factory=list)
+
+    def handlers(self) -> dict[nn.Module, Handler]:
+        """Return what listens to every layer that could be a classifier."""
+        return {
+            module: functools.partial(self._listen, name)
+            for module, name in self.names.items()
+            if isinstance(module, (_ConvNd, nn.Linear))
+            or (not any(module.children()) and any(True for _ in module.parameters()))
+        }
+
+    def best(self) -> Match | None:
+        """Return the last match that ran once; the last match when all ran several times."""
+        once = [match for match in self.matches if self.calls[match.name] == 1]
+        found = once or self.matches
+        return found[-1] if found else None
+
+    def _listen(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if isinstance(output, Tensor):
+            self._compare(name, output)
+        return output
+
+    def _compare(self, name: str, output: Tensor) -> None:
+        wanted = self.prediction
+        if output.ndim == wanted.ndim and output.shape[0] == wanted.shape[0] and output.ndim >= 3:
+            if output.shape[1] == wanted.shape[1]:
+                self.candidates.append(name)
+            relation = follows(output, wanted)
+            if relation is not None:
+                self.matches.append(Match(name, relation, output.shape[1]))
+                return
+        last = _channels_first(output, wanted)
+        relation = None if last is None else follows(last, wanted)
+        if relation is not None:
+            self.matches.append(Match(name, relation, output.shape[-1], channels_last=True))
+
+
+def follows(output: Tensor, prediction: Tensor) -> str | None:
+    """Say how a prediction follows from the output of a layer.
+
+    Args:
+        output: (B, K, *spatial or coarser).
+        prediction: (B, K, *spatial).
+
+    Returns:
+        ``""`` when they are equal, the operations in between such as ``"softmax"`` or
+        ``"bilinear interpolation, softmax"``, or None when none of those tried gives the prediction.
+
+    Example:
+        >>> logits = torch.randn(1, 3, 4, 4)
+        >>> follows(logits, logits.softmax(dim=1))
+        'softmax'
+    """
+    if output.shape[:2] != prediction.shape[:2] or not prediction.is_floating_point():
+        return None
+    output = output.to(prediction.dtype)
+    for name, apply in _activations(output.shape[1]):
+        if output.shape == prediction.shape:
+            if _equal(apply(output), prediction):
+                return name
+            continue
+        for how, resize in _resizings(output, prediction):
+            if _equal(apply(resize(output)), prediction):
+                return f"{how}, {name}" if name else how
+            if name and _equal(resize(apply(output)), prediction):
+                return f"{name}, {how}"
+    return None
+
+
+def _activations(classes: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    yield "", lambda logits: logits
+    yield "sigmoid", torch.sigmoid
+    if classes > 1:
+        yield "softmax", functools.partial(torch.softmax, dim=1)
+        yield "log-softmax", functools.partial(torch.log_softmax, dim=1)
+    yield "log-sigmoid", F.logsigmoid
+
+
+def _resizings(output: Tensor, prediction: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    size = tuple(prediction.shape[2:])
+    linear = {3: "linear", 4: "bilinear", 5: "trilinear"}.get(output.ndim)
+    if linear is None or output.ndim != prediction.ndim:
+        return
+    for align in (False, True):
+        name = f"{linear} interpolation" + (" with aligned corners" if align else "")
+        yield name, functools.partial(F.interpolate, size=size, mode=linear, align_corners=align)
+    yield "nearest interpolation", functools.partial(F.interpolate, size=size, mode="nearest")
+
+
+def _equal(value: Tensor, prediction: Tensor) -> bool:
+    tolerance = _EXACT * torch.finfo(prediction.dtype).eps * float(prediction.abs().max())
+    return bool(((value - prediction).abs() <= tolerance).all())
+
+
+def _channels_first(output: Tensor, prediction: Tensor) -> Tensor | None:
+    """Return the output of a layer on channels-last features or tokens in the layout of the prediction."""
+    if output.ndim < 3 or output.shape[0] != prediction.shape[0] or output.shape[-1] != prediction.shape[1]:
+        return None
+    if output.numel() != prediction.numel():
+        return None
+    return output.movedim(-1, 1).reshape(prediction.shape)

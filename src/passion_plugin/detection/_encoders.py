@@ -1,0 +1,247 @@
+"""Finding the encoders by perturbation: the modules that change with the content of one modality only."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from passion_plugin.backbone import Handler, channel_share, maps_in, patched_forward, prediction_of
+from passion_plugin.detection._classifier import ClassifierSearch, follows
+from passion_plugin.detection._probe import Probe
+
+__all__ = ["Detection", "Encoders", "detect", "uneven_channels"]
+
+Encoders = Mapping[str, tuple[str, ...]]
+"""Names of modules by modality."""
+
+_SAMPLES = 1024
+
+_CHANGED = 1e-6
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What runs of the backbone with other content in one modality at a time have shown.
+
+    Attributes:
+        private: modality of every module that depends on one modality alone and whose output can be replayed,
+            in call order.
+        shared: outermost modules that are called for one modality after the other.
+        classifier: the search for the classifier, which ran along.
+    """
+
+    modalities: tuple[str, ...]
+    private: Mapping[str, int]
+    shared: tuple[str, ...]
+    classifier: ClassifierSearch
+
+    @property
+    def encoders(self) -> Encoders:
+        """The outermost private modules of each modality; empty when no modality has one."""
+        return self._grouped(_outermost(self.private))
+
+    def alternatives(self) -> list[Encoders]:
+        """Return smaller sets of modules, to try where replaying :attr:`encoders` is not exact.
+
+        First without the last, the second to last, … module of every modality's private path (it may lie
+        behind the mask), then one level further down (a module that leaves its skips on itself has to run,
+        its parts need not), then without one module at a time.
+        """
+        outer = _outermost(self.private)
+        ranks: dict[int, list[str]] = defaultdict(list)
+        for names in self._grouped(outer).values():
+            for rank, name in enumerate(names):
+                ranks[rank].append(name)
+        sets = [[name for name in outer if name not in ranks[rank]] for rank in sorted(ranks, reverse=True)]
+        sets += [ranks[0], _outermost([name for name in self.private if name not in outer])]
+        if len(outer) <= 2 * len(self.modalities):
+            sets += [[name for name in outer if name != dropped] for dropped in outer]
+        unique = dict.fromkeys(tuple(names) for names in sets if names and names != outer)
+        return [self._grouped(names) for names in unique]
+
+    def _grouped(self, names: Iterable[str]) -> Encoders:
+        groups: dict[str, list[str]] = {modality: [] for modality in self.modalities}
+        for name in names:
+            groups[self.modalities[self.private[name]]].append(name)
+        return {modality: tuple(found) for modality, found in groups.items()} if any(groups.values()) else {}
+
+
+def detect(probe: Probe) -> Detection:
+    """Run the backbone once, and once more for each modality with other content in it.
+
+    Args:
+        probe: the backbone, in a sandbox.
+    """
+    search = ClassifierSearch(_prediction(probe, probe.presence()), _names(probe))
+    # Two contexts: a layer can be listened to for both reasons, and each override calls the one before.
+    with patched_forward(search.handlers()):
+        base = _recorded(probe, probe.images())
+    private, shared = _dependencies(probe, base)
+    return Detection(probe.modalities, private, tuple(_outermost(shared)), search)
+
+
+def uneven_channels(probe: Probe) -> str:
+    """Say that the channels of a tensor do not belong to the modalities in equal parts; empty where nothing shows it.
+
+    Of modalities with different numbers of channels a small one has its module see only a part of what it is dealt,
+    and a large one has none that is not touched by its neighbour's share too.
+
+    Args:
+        probe: the backbone, in a sandbox.
+    """
+    x = probe.images()
+    share = channel_share(x, probe.modalities)
+    if probe.convention.fill_missing is not None or share < 2:
+        return ""
+    base = _recorded(probe, x)
+    private, _ = _dependencies(probe, base)
+    lacking = [name for m, name in enumerate(probe.modalities) if m not in private.values()]
+    if not private or not lacking:
+        return ""
+    other = probe.images(*range(len(probe.modalities)))
+    blind: dict[str, int] = {}
+    for channel in range(share):
+        changed = x.clone()
+        changed[:, channel::share] = other[:, channel::share]
+        after = _recorded(probe, changed)
+        blind |= {name: private[name] for name in _outermost(private) if not _any_changed(base, after, name)}
+    if not blind:
+        return ""
+    name, owner = next(iter(blind.items()))
+    return (
+        f"the {x.shape[1]} channels of the images are dealt out as {share} for each of {probe.modalities}, but "
+        f"{name!r} sees only some of those of {probe.modalities[owner]!r}, and no module depends on {lacking[0]!r} "
+        f"alone: have they different numbers of channels? Where one is missing, a part of another would be blanked. "
+        f"Say in fill_missing= (a function of images and mask) which channels are whose, or let the backbone take a mapping "
+        f"from modality to images"
+    )
+
+
+def _names(probe: Probe) -> dict[nn.Module, str]:
+    return {module: name for name, module in probe.backbone.named_modules() if name}
+
+
+def _recorded(probe: Probe, x: Any) -> _Recording:
+    recording = _Recording(_names(probe), probe.batch)
+    probe.run(x, probe.presence(), handlers=recording.handlers())
+    return recording
+
+
+def _dependencies(probe: Probe, base: _Recording) -> tuple[dict[str, int], list[str]]:
+    """Return the modality of every private module, in call order, and the modules called for one after the other."""
+    depends: dict[str, list[set[int]]] = {name: [set() for _ in calls] for name, calls in base.calls.items()}
+    unstable = set()
+    for m in range(len(probe.modalities)):
+        other = _recorded(probe, probe.images(m))
+        for name, calls in base.calls.items():
+            if len(other.calls[name]) != len(calls):
+                unstable.add(name)
+                continue
+            for call, (before, after) in enumerate(zip(calls, other.calls[name], strict=True)):
+                if _changed(before, after):
+                    depends[name][call].add(m)
+    modules = dict(probe.backbone.named_modules())
+    learning = [name for name in depends if name not in unstable and any(True for _ in modules[name].parameters())]
+    private = {}
+    shared = []
+    for name in learning:
+        sets = depends[name]
+        first = sets[0]
+        if len(first) == 1 and all(others == first for others in sets):
+            if all(call is not None for call in base.calls[name]):
+                private[name] = next(iter(first))
+        elif all(len(one) == 1 for one in sets):
+            shared.append(name)
+    return private, shared
+
+
+def _prediction(probe: Probe, everything: Tensor) -> Tensor:
+    """Return the part of what the backbone returns that follows from its classifier, if that is known."""
+    raw = probe.run(probe.images(), everything)
+    if probe.classifier is None:
+        return prediction_of(raw)
+    logits = probe.predict(probe.images(), everything)
+    relations = [(follows(logits, part), part) for part in maps_in(raw)]
+    found = [(relation, part) for relation, part in relations if relation is not None]
+    # Logits beside their softmax say less than the softmax about what the classes are.
+    return next((part for relation, part in found if relation), found[0][1] if found else prediction_of(raw))
+
+
+class _Recording:
+    """Fingerprints of what every module put out in one pass."""
+
+    def __init__(self, names: Mapping[nn.Module, str], batch: int) -> None:
+        self.names = names
+        self.batch = batch
+        self.calls: dict[str, list[list[Tensor] | None]] = defaultdict(list)
+
+    def handlers(self) -> dict[nn.Module, Handler]:
+        return {module: functools.partial(self._listen, name) for module, name in self.names.items()}
+
+    def _listen(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        self.calls[name].append(_fingerprint(output, self.batch))
+        return output
+
+
+def _fingerprint(output: Any, batch: int) -> list[Tensor] | None:
+    """Return a few numbers for each tensor, or None for an output that could not be replayed by rows."""
+    leaves = tree_leaves(output)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        return None
+    if any(tensor.ndim == 0 or tensor.shape[0] != batch for tensor in tensors):
+        return None
+    return [_summary(tensor.detach()) for tensor in tensors]
+
+
+def _summary(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    if flat.numel() == 0:
+        return flat.double().cpu()
+    # Drawn, not strided: a stride could meet the same channel again and again.
+    generator = torch.Generator().manual_seed(flat.numel())
+    index = torch.randint(flat.numel(), (min(_SAMPLES, flat.numel()),), generator=generator)
+    means = [value.sum(dtype=torch.float64).reshape(1) / flat.numel() for value in (flat, flat.abs())]
+    return torch.cat([flat[index.to(flat.device)].double(), *means]).cpu()
+
+
+def _changed(before: list[Tensor] | None, after: list[Tensor] | None) -> bool:
+    if before is None or after is None:
+        return before is not after
+    if len(before) != len(after):
+        return True
+    for old, new in zip(before, after, strict=True):
+        if old.shape != new.shape:
+            return True
+        old, new = torch.nan_to_num(old), torch.nan_to_num(new)
+        if old.numel() and float((old - new).abs().max()) > _CHANGED * float(old.abs().max()):
+            return True
+    return False
+
+
+def _any_changed(before: _Recording, after: _Recording, name: str) -> bool:
+    pairs = itertools.zip_longest(before.calls[name], after.calls[name])
+    return any(_changed(old, new) for old, new in pairs)
+
+
+def _outermost(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    known = set(names)
+    return [name for name in names if not any(parent in known for parent in _parents(name))]
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]

@@ -1,1 +1,0 @@
-"""Triton kernels, imported only when one is used."""
