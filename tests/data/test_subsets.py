@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from passion_plugin._validate import modality_problems
 from passion_plugin.data import all_subsets, drop_modalities, parse_subset, subset_mask, subset_name
 from passion_plugin.errors import ConfigError, InputError
 
@@ -63,10 +64,56 @@ def test_wrong_subsets_are_refused(subset: str | tuple[str, ...], match: str) ->
         subset_mask(subset, NAMES)
 
 
-@pytest.mark.parametrize("names", [(), ("a", "a"), ("a+b", "c"), ("a", " b"), ("a", 3), "flair", ("#a", "b")])
+@pytest.mark.parametrize(
+    "names", [(), ("a", "a"), ("a", " b"), ("a", 3), "flair", ("a", ""), ("a", "b\n"), ("a,b", "c"), ("a", "b=1")]
+)
 def test_bad_names_of_modalities_are_refused(names: tuple) -> None:
     with pytest.raises(ConfigError, match=r"all_subsets: .*modalit"):
         all_subsets(names)
+
+
+# --- names that hold a "+"
+
+
+def test_a_name_may_hold_a_plus() -> None:
+    names = ("T1", "T1+C", "T2", "C+D")
+    assert parse_subset("T1+C+T2", names) == ("T1+C", "T2")
+    assert parse_subset("T2 + T1", names) == ("T1", "T2")
+    assert parse_subset("T1+C+D", names) == ("T1", "C+D"), "the longest name first would leave D"
+    assert parse_subset("T1+T1+C", names) == ("T1", "T1+C")
+    assert subset_mask("T1+C", names).tolist() == [False, True, False, False]
+    with pytest.raises(ConfigError, match="unknown modality 'T3'"):
+        parse_subset("T1+T3", names)
+
+
+@pytest.mark.parametrize(
+    "names", [("T1", "C", "T1+C"), ("A+B", "C", "A", "B+C"), ("A", "A+B", "B+C", "C+D", "D"), ("T1+C", "T1 + C")]
+)
+def test_names_that_can_be_joined_in_several_ways_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="joined by '\\+' to one name in several ways"):
+        parse_subset(names[0], names)
+
+
+PLUS_NAMES = st.lists(st.text("AB+ ", min_size=1, max_size=5), min_size=1, max_size=5, unique=True)
+
+
+@given(names=PLUS_NAMES, data=st.data())
+def test_what_is_accepted_makes_the_round_trip_and_what_is_refused_is_ambiguous(
+    names: list[str], data: st.DataObject
+) -> None:
+    if any(name != name.strip() for name in names):
+        return
+    if not modality_problems(names):
+        members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+        assert parse_subset(subset_name(members), names) == tuple(name for name in names if name in members)
+        return
+    joined: dict[str, tuple[str, ...]] = {}
+    for length in range(1, 7):
+        for sequence in itertools.product(names, repeat=length):
+            text = "+".join(piece.strip() for name in sequence for piece in name.split("+"))
+            if joined.setdefault(text, sequence) != sequence:
+                return
+    raise AssertionError(f"{names} are refused without need")
 
 
 def test_more_subsets_than_anybody_can_read_are_refused() -> None:
@@ -144,6 +191,17 @@ def test_drop_without_generator_follows_the_global_seed() -> None:
 def test_drop_refuses_what_is_no_presence(presence: torch.Tensor, match: str) -> None:
     with pytest.raises(InputError, match=match):
         drop_modalities(presence)
+
+
+@pytest.mark.parametrize("size", [62, 63, 64, 100])
+def test_drop_works_for_any_number_of_modalities(size: int) -> None:
+    presence = torch.ones(4000, size, dtype=torch.bool)
+    presence[2000:, 2:] = False
+    kept = drop_modalities(presence, generator=generator())
+    assert not (kept & ~presence).any()
+    assert kept.any(1).all()
+    assert (kept[:2000].double().mean(0) - 1 / 2).abs().max() < 0.05
+    assert (kept[2000:, :2].double().mean(0) - 2 / 3).abs().max() < 0.05
 
 
 def test_drop_refuses_unknown_rule() -> None:

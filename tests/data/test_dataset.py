@@ -146,8 +146,8 @@ def test_wrong_arguments_are_refused(data: Any, options: dict, match: str) -> No
     [
         ({"img": torch.ones(3, 2)}, {}, r"item 0: no key 'image'.*'img'"),
         ({"image": torch.ones(3, 2), "mask": 0}, {}, "'mask' is taken"),
-        ({"image": torch.ones(2, 2)}, {}, r"\(2, 2\); need .* \(3, \*spatial\)"),
-        ({"image": [1, 2, 3]}, {}, "is list"),
+        ({"image": torch.ones(2, 2)}, {}, r"\(2, 2\); need .* \(3·C, \*spatial\)"),
+        ({"image": [1, 2, 3]}, {}, "is a list"),
         ((), {}, "empty"),
         ((torch.ones(3, 2, dtype=torch.int16), 0), {"fill": "nan"}, "floating-point"),
         ((torch.ones(3, 2), 0), {"id_key": "id"}, "id_key='id' needs items that are dicts"),

@@ -81,16 +81,16 @@ def test_tables_are_equal_when_everything_is() -> None:
 def test_all_problems_of_a_table_are_reported_at_once() -> None:
     presence = np.array([[True, False], [False, False], [True, False]])
     with pytest.raises(ConfigError) as caught:
-        PresenceTable(("x", "y", "x"), ("a", "b+c"), presence, nominal_rates={"a": 0.1})
+        PresenceTable(("x", "y", "x"), ("a", "b,c"), presence, nominal_rates={"a": 0.1})
     message = str(caught.value)
     for part in (
         "5 problems",
         "more than once: 'x'",
         "no modality at all ('y')",
-        "no sample has modality 'b+c'",
+        "no sample has modality 'b,c'",
     ):
         assert part in message
-    assert "modality 'b+c': a name must" in message
+    assert "modality 'b,c': a name must" in message
     assert "nominal_rates" in message
 
 
@@ -100,7 +100,7 @@ def test_all_problems_of_a_table_are_reported_at_once() -> None:
         (("x",), ("a", "b"), np.ones((1, 2)), "presence is float64"),
         (("x",), ("a", "b"), np.ones((2, 2), dtype=bool), r"shape \(2, 2\), need \(1, 2\)"),
         (("x",), ("a", "a"), np.ones((1, 2), dtype=bool), "named more than once"),
-        (("x",), "ab", np.ones((1, 2), dtype=bool), "one string"),
+        (("x",), "ab", np.ones((1, 2), dtype=bool), "at least one name"),
         (("x", ""), ("a", "b"), np.ones((2, 2), dtype=bool), "non-empty printable"),
         (("x\n",), ("a", "b"), np.ones((1, 2), dtype=bool), "non-empty printable"),
         ((), ("a", "b"), np.ones((0, 2), dtype=bool), "there is no sample"),
@@ -165,7 +165,7 @@ def test_a_table_that_a_spreadsheet_saved_again_is_read(tmp_path: Path) -> None:
 
 
 def test_all_problems_of_a_file_are_reported_with_line_numbers(tmp_path: Path) -> None:
-    text = "# seed: os.system('x')\n# nominal_rates: a=0.1,b=nan\nsample_id,a,b\n"
+    text = "# seed: os.system('x')\n# nominal_rates: a=0.1,b=none\nsample_id,a,b\n"
     text += "p1,1,2\np1,1\np2,yes,1\np3,0,1\n"
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -186,7 +186,10 @@ def test_all_problems_of_a_file_are_reported_with_line_numbers(tmp_path: Path) -
         (b"sample_id,a,b\np1,1,0\n", "no sample has modality 'b'"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b'sample_id,a,b\n"p1,1,0\n', "line 2: not CSV"),
-        (b"sample_id,a,b\np1,1," + b"1" * 200_000, "line 2: 200005 characters"),
+        (b"sample_id,a,b\np1,1," + b"1" * 200_000, "line 2: not CSV"),
+        (b"# nominal_rates: a=0.1,b=nan\nsample_id,a,b\np1,1,1\n", "nominal_rates is"),
+        (b"# nominal_rates: a=0.1\nsample_id,a,b\np1,1,1\n", "nominal_rates is"),
+        (b"# seed: -1\nsample_id,a,b\np1,1,1\n", "seed is -1"),
         (b"sample_id,a,a\np1,1,1\n", "more than once"),
     ],
 )
@@ -280,8 +283,8 @@ def test_mask_columns_follow_the_names_given() -> None:
             {"modalities": ("t1ce", "t2")},
             "(?s)'t1c'.*Did you mean 't1ce'.*no rate",
         ),
-        (0, {"a": 0.1, "b": 0.1}, {}, "at least one sample"),
-        ("case", {"a": 0.1, "b": 0.1}, {}, "one string"),
+        (0, {"a": 0.1, "b": 0.1}, {}, "at least one"),
+        ("case", {"a": 0.1, "b": 0.1}, {}, "pass a list of ids"),
         (["p", "p"], {"a": 0.1, "b": 0.1}, {}, "more than once"),
         (10, {}, {}, "rates={}; pass a rate for each modality"),
         (10, {"a": 0.1, "b": 0.1}, {"seed": None}, "seed=None"),
