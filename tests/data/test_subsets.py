@@ -9,9 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models import MeanNet
 from passion_plugin._validate import modality_problems
-from passion_plugin.data import all_subsets, drop_modalities, parse_subset, subset_mask, subset_name
+from passion_plugin.data import (
+    PresenceTable,
+    all_subsets,
+    drop_modalities,
+    parse_subset,
+    subset_mask,
+    subset_name,
+)
 from passion_plugin.errors import ConfigError, InputError
+from passion_plugin.evaluation import evaluate_subsets
+from passion_plugin.training import ModalityFrequencies, PreferenceEstimator
+from passion_plugin.wrapper import PassionWrapper
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 
@@ -92,6 +103,38 @@ def test_a_name_may_hold_a_plus() -> None:
 def test_names_that_can_be_joined_in_several_ways_are_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="joined by '\\+' to one name in several ways"):
         parse_subset(names[0], names)
+
+
+DOORS = {
+    "table": lambda names: PresenceTable.from_array([[1] * len(names)], names),
+    "frequencies": lambda names: ModalityFrequencies.of(names, missing_rates=[0.5] * len(names)),
+    "preference": lambda names: PreferenceEstimator(names),
+    "wrapper": lambda names: PassionWrapper(MeanNet(NAMES), names, missing_rates=[0.5] * len(names)),
+    "evaluation": lambda names: evaluate_subsets(
+        lambda x, mask: x[:, :2], [(torch.ones(1, len(names), 2), torch.ones(1, 2))], modalities=names
+    ),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("T1", "T1+C", "T2 (FS)", "#4"), None),
+        (("T1", "T1\n"), "a name must be printable"),
+        (("T1", " T2"), "without spaces at its ends"),
+        (("T1", "T2,3"), "without ',' or '='"),
+        (("T1", ""), "not empty"),
+        (("T1", "T1"), "named more than once"),
+        (("T1", "C", "T1+C"), "to one name in several ways"),
+    ],
+)
+def test_every_door_takes_the_same_names(door: str, names: tuple[str, ...], message: str | None) -> None:
+    if message is None:
+        DOORS[door](names)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            DOORS[door](names)
 
 
 PLUS_NAMES = st.lists(st.text("AB+ ", min_size=1, max_size=5), min_size=1, max_size=5, unique=True)

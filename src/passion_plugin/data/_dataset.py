@@ -75,19 +75,16 @@ class IncompleteDataset(Dataset[Any]):
     Items may be
 
     * a dict with the image under ``image_key``: a copy comes back, with the mask under ``mask_key``;
-    * a tuple or list that starts with the image: ``(image, mask, *rest)`` comes back, the order in which a
-      training loop unpacks it: ``for x, mask, target in loader``;
+    * a tuple or list that starts with the image: ``(image, mask, *rest)`` comes back;
     * the image itself: ``(image, mask)`` comes back.
 
     The image is (M·C, *spatial), C channels for each modality, a tensor or a numpy array, and stays what it is; the
-    mask is a (M,) bool tensor. The wrapped data set's own tensors are never written to.
+    mask is a (M,) bool tensor. The wrapped data set's own tensors are never written to. What it computes from the
+    complete image (a crop around a brain mask of all modalities, a joint normalisation) has seen what is missing.
 
     An item may also be asked for as ``(index, visible)``, as :class:`EvenSubsets` does; then only the modalities of
-    ``visible``, (M,) bool, are left of what the sample has. Row ``index`` of the table must then belong to item
+    ``visible``, (M,) bool, are left of what the sample has, and row ``index`` of the table must belong to item
     ``index``.
-
-    Anything computed from the complete image *inside* the wrapped data set (a crop around a brain mask of all
-    modalities, a joint normalisation) has seen what is missing: keep such steps out, or after this wrapper.
 
     Args:
         dataset: has ``__len__`` and ``__getitem__``.
@@ -120,22 +117,24 @@ class IncompleteDataset(Dataset[Any]):
         id_key: str | None = None,
     ) -> None:
         _check_fill(fill)
+        problems = []
         if not isinstance(table, PresenceTable):
-            raise ConfigError(f"IncompleteDataset: table is {describe(table)}; pass a PresenceTable")
+            problems.append(f"table is {describe(table)}; pass a PresenceTable")
         try:
             length = len(dataset)  # type: ignore[arg-type]
         except TypeError:
             length = None
         if length is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-            raise ConfigError(
-                f"IncompleteDataset: the data set {type(dataset).__name__} has no items by number or no length; pass "
-                "a map-style data set, or call blank_missing on the batches of a stream"
+            problems.append(
+                f"the data set {type(dataset).__name__} has no items by number or no length; pass a map-style data "
+                "set, or call blank_missing on the batches of a stream"
             )
-        if id_key is None and length != len(table):
-            raise ConfigError(
-                f"IncompleteDataset: {length} items but {len(table)} rows in the table; select the rows with "
-                "table.select(ids), or pass id_key to find them by id"
+        if id_key is None and not problems and length != len(table):
+            problems.append(
+                f"{length} items but {len(table)} rows in the table; select the rows with table.select(ids), or pass "
+                "id_key to find them by id"
             )
+        raise_problems(problems, what="IncompleteDataset")
         self.dataset = dataset
         self.table = table
         self.fill = fill
@@ -189,14 +188,11 @@ class IncompleteDataset(Dataset[Any]):
                 f"is {sample_id!r}; give both the table.select(ids) with the ids in the order of the items"
             )
         visible = torch.as_tensor(visible)
-        if visible.dtype != torch.bool or visible.shape != present.shape:
+        fits = visible.dtype == torch.bool and visible.shape == present.shape
+        if not fits or not visible.any() or bool((visible & ~present).any()):
             raise InputError(
-                f"IncompleteDataset: visible is {describe(visible)}; pass torch.bool of shape ({len(present)},)"
-            )
-        if not visible.any() or bool((visible & ~present).any()):
-            raise InputError(
-                f"IncompleteDataset: visible={visible.tolist()} must show something that sample {index} has and "
-                f"nothing that it lacks; it has {present.tolist()}"
+                f"IncompleteDataset: visible is {visible.tolist()}; pass bool of shape ({len(present)},) that shows "
+                f"something that sample {index} has and nothing that it lacks; it has {present.tolist()}"
             )
         return visible
 

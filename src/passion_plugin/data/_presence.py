@@ -62,20 +62,17 @@ class PresenceTable:
         problems += _id_problems(self.sample_ids if ids is None else ids)
         ids, modalities = ids or (), modalities or ()
         presence = np.array(self.presence)
-        if presence.dtype != np.bool_:
-            problems.append(f"presence is {presence.dtype}; pass bool, True = present")
-        elif presence.shape != (len(ids), len(modalities)):
+        if presence.dtype != np.bool_ or presence.shape != (len(ids), len(modalities)):
             problems.append(
-                f"presence has shape {presence.shape}, need ({len(ids)}, {len(modalities)}): one row for "
-                "each sample, one column for each modality"
+                f"presence is {presence.dtype} of shape {presence.shape}; pass bool, True = present, of shape "
+                f"({len(ids)}, {len(modalities)}): one row for each sample, one column for each modality"
             )
         elif ids:
             nothing = [ids[row] for row in np.flatnonzero(~presence.any(axis=1))]
             never = [modalities[column] for column in np.flatnonzero(~presence.any(axis=0))]
             if nothing:
-                problems.append(
-                    f"{len(nothing)} samples have no modality at all ({shortlist(nothing)}); leave them out"
-                )
+                count = len(nothing)
+                problems.append(f"{count} samples have no modality at all ({shortlist(nothing)}); leave them out")
             if never:
                 problems.append(f"no sample has modality {shortlist(never)}; leave it out of the modalities")
         rates = self.nominal_rates
@@ -89,11 +86,10 @@ class PresenceTable:
             problems.append(f"seed is {self.seed!r}; need a whole number, 0 or more")
         raise_problems(problems, what="PresenceTable")
         presence.setflags(write=False)
-        object.__setattr__(self, "sample_ids", ids)
-        object.__setattr__(self, "modalities", modalities)
-        object.__setattr__(self, "presence", presence)
-        if rates is not None:
-            object.__setattr__(self, "nominal_rates", {name: float(rates[name]) for name in modalities})
+        plain = None if rates is None else {name: float(rates[name]) for name in modalities}
+        checked = {"sample_ids": ids, "modalities": modalities, "presence": presence, "nominal_rates": plain}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_array(
@@ -117,7 +113,7 @@ class PresenceTable:
             raise ConfigError(f"PresenceTable.from_array: presence has shape {array.shape}, need two axes (N, M)")
         if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
             raise ConfigError("PresenceTable.from_array: entries other than 0 and 1; pass bool, True = present")
-        ids = _default_ids(len(array)) if sample_ids is None else sample_ids
+        ids = tuple(map(str, range(len(array)))) if sample_ids is None else sample_ids
         return cls(ids, modalities, array.astype(np.bool_))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -136,10 +132,9 @@ class PresenceTable:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PresenceTable):
             return NotImplemented
-        mine, theirs = (
-            (table.sample_ids, table.modalities, table.nominal_rates, table.seed) for table in (self, other)
-        )
-        return mine == theirs and np.array_equal(self.presence, other.presence)
+        names = ("sample_ids", "modalities", "nominal_rates", "seed")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and np.array_equal(self.presence, other.presence)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -220,7 +215,7 @@ class PresenceTable:
         if len(header) < 2 or header[0] != "sample_id":
             problems.append(f"the header is {shortlist(header)}; need sample_id,<modality>,<modality>,…")
             raise_problems(problems, what=os.fspath(path))
-        modalities = tuple(name.strip() for name in header[1:])
+        modalities = [name.strip() for name in header[1:]]
         ids, values = [], []
         for line, (sample_id, *cells) in rows[1:]:
             if len(cells) != len(modalities) or any(cell.strip() not in ("0", "1") for cell in cells):
@@ -228,10 +223,9 @@ class PresenceTable:
             ids.append(sample_id)
             values.append([cell.strip() == "1" for cell in cells])
         rates, seed = _parse_comments(comments, problems)
-        problems += modality_problems(modalities) + _id_problems(ids)
         raise_problems(problems, what=os.fspath(path))
         try:
-            return cls(tuple(ids), modalities, np.array(values, dtype=np.bool_), rates, seed)
+            return cls(ids, modalities, np.array(values, dtype=np.bool_), rates, seed)  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"{os.fspath(path)}: {error}") from None
 
@@ -239,10 +233,6 @@ class PresenceTable:
     def _rows(self) -> dict[str, int]:
         """Row numbers by id."""
         return {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
-
-
-def _default_ids(count: int) -> tuple[str, ...]:
-    return tuple(map(str, range(count)))
 
 
 def _id_problems(sample_ids: Any) -> list[str]:
@@ -287,33 +277,29 @@ def draw_presence(
 ) -> PresenceTable:
     r"""Draw who misses what, with exact missing rates and at least one modality for every sample.
 
-    Modality m is missing in exactly :math:`\mathrm{round}(r_m N)` samples, drawn independently of the other
-    modalities. Samples that end up with nothing are then repaired by exchange: a modality is taken from a
-    random sample that has at least two and given to the empty one, which leaves the numbers as they are.
-    (Redrawing empty samples, as is usual, makes the real rates lower than the nominal ones.) Where rounding
-    would leave no sample with a modality, or fewer entries than samples, the numbers give way by as
-    little as possible; real rates are within 1 / N of the nominal ones, and ``describe()`` reports both.
+    Modality m is missing in exactly :math:`\mathrm{round}(r_m N)` samples, drawn independently of the other modalities.
+    A sample that ends up with nothing gets a modality of a random sample that has at least two, which leaves the
+    numbers as they are. (Redrawing empty samples, as is usual, makes the real rates lower than the nominal ones.) Where
+    rounding would leave no sample with a modality, or fewer entries than samples, the numbers give way by as little as
+    possible; real rates are within 1 / N of the nominal ones, and ``describe()`` reports both.
 
     Args:
         samples: ids of the samples, or their number.
-        rates: nominal missing rate by modality, each in [0, 1). The order of the names is the order of the
-            mask columns unless ``modalities`` says otherwise.
+        rates: nominal missing rate by modality, each in [0, 1).
         seed: seed of ``numpy.random.default_rng``; same arguments, same table.
-        modalities: order of the mask columns.
+        modalities: order of the mask columns; that of ``rates`` by default.
 
     Returns:
         The table, with ``nominal_rates`` and ``seed`` set.
 
     Raises:
-        ConfigError: a rate outside [0, 1), names that do not match, or rates that sum to more than M - 1:
-            then some sample has nothing, whatever is drawn.
+        ConfigError: a rate outside [0, 1), names that do not match, or rates that sum to more than M - 1, with which
+            some sample would have nothing.
 
     Example:
         >>> table = draw_presence(10, {"flair": 0.2, "t1ce": 0.4, "t1": 0.6, "t2": 0.8}, seed=0)
         >>> table.counts
         {'flair': 8, 't1ce': 6, 't1': 4, 't2': 2}
-        >>> bool(table.presence.any(axis=1).all())
-        True
     """
     if not isinstance(rates, Mapping) or not rates:
         raise ConfigError(f"draw_presence: rates={rates!r}; pass a rate for each modality, {{'t1': 0.2, …}}")
@@ -329,7 +315,8 @@ def draw_presence(
     if is_int(samples, least=_MOST_SAMPLES + 1):
         problems.append(f"samples={samples!r}: more than {_MOST_SAMPLES}; pass their ids")
         samples = 1
-    ids = _default_ids(int(samples)) if is_int(samples, least=0) else as_tuple(samples) or ()  # type: ignore[arg-type]
+    listed = range(int(samples)) if is_int(samples, least=0) else samples  # type: ignore[arg-type]
+    ids = tuple(map(str, listed)) if isinstance(listed, range) else as_tuple(listed) or ()
     if not ids:
         problems.append(f"samples={samples!r}: pass a list of ids or their number, at least one")
     if not is_int(seed, least=0):

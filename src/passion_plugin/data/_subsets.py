@@ -25,13 +25,7 @@ _MOST_BITS = 62  # of a random number in int64
 def all_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """Return all 2^M - 1 non-empty subsets, in the order that every table of this library uses.
 
-    Smaller subsets first; within a size in the order of ``modalities`` (lexicographic by position).
-
-    Args:
-        modalities: M names, in mask-column order.
-
-    Returns:
-        Tuples of names, each in the order of ``modalities``.
+    Smaller subsets first; within a size in the order of the M ``modalities`` (lexicographic by position).
 
     Raises:
         ConfigError: bad or repeated names, or more than 16 of them.
@@ -111,17 +105,9 @@ def _pieces(name: str) -> tuple[str, ...]:
 
 
 def subset_mask(subset: str | Iterable[str], modalities: Sequence[str]) -> Tensor:
-    """Return the mask of a subset.
+    """Return the mask of a subset, (M,) bool, True where the modality belongs to it.
 
-    Args:
-        subset: a name such as ``"flair+t1ce"``, or the member names.
-        modalities: M names, in mask-column order.
-
-    Returns:
-        (M,) bool, True where the modality belongs to the subset.
-
-    Raises:
-        ConfigError: as in :func:`parse_subset`.
+    Args and errors are those of :func:`parse_subset`.
 
     Example:
         >>> subset_mask("t1ce+t2", ("flair", "t1ce", "t1", "t2")).tolist()
