@@ -217,7 +217,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("modalities", [3, True, ARRAY[:1], torch.zeros(2), [[], []], object])
     def test_modalities_of_another_kind_are_refused(self, modalities: Any) -> None:
-        with pytest.raises(ConfigError, match="modalities must be at least two names"):
+        with pytest.raises(ConfigError, match=r"modalities must be at least two names|names are strings"):
             PassionWrapper(MeanNet(M), modalities, missing_rates=RATES)
 
     def test_a_rate_alone_is_refused_as_a_tensor_too(self) -> None:
@@ -267,10 +267,10 @@ class TestMissing:
         assert suggest("1", [1, "t1"]) == " Did you mean '1' or 't1'?"  # type: ignore[list-item]
 
     def test_a_table_says_all_that_is_no_list_and_keeps_its_seed_readable(self) -> None:
-        with pytest.raises(ConfigError, match=r"(?s)2 problems.*modalities=None.*sample_ids=3"):
+        with pytest.raises(ConfigError, match=r"(?s)2 problems.*modalities must be.*None.*sample_ids=3"):
             PresenceTable(3, None, np.ones((1, 1), bool))  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match=r"(?s)nominal_rates is \{.*seed is 1000"):
-            PresenceTable(("p",), ("a",), np.ones((1, 1), bool), {"a": "x"}, 10**20)  # type: ignore[dict-item]
+        with pytest.raises(ConfigError, match=r"(?s)nominal_rates is \{.*seed is -1"):
+            PresenceTable(("p",), ("a",), np.ones((1, 1), bool), {"a": "x"}, -1)  # type: ignore[dict-item]
         with pytest.raises(ConfigError, match=r"shape \(\), need two axes"):
             PresenceTable.from_array(1, ("a",))
         table = PresenceTable.from_array([[1, 1]], ("a", "b"))

@@ -60,8 +60,10 @@ class PresenceTable:
         ids, modalities = as_tuple(self.sample_ids), as_tuple(self.modalities)
         problems = modality_problems(self.modalities if modalities is None else modalities)
         problems += _id_problems(self.sample_ids if ids is None else ids)
-        ids, modalities = ids or (), modalities or ()
         presence = np.array(self.presence)
+        if ids is None or modalities is None:
+            raise_problems(problems, what="PresenceTable")
+            return
         if presence.dtype != np.bool_ or presence.shape != (len(ids), len(modalities)):
             problems.append(
                 f"presence is {presence.dtype} of shape {presence.shape}; pass bool, True = present, of shape "

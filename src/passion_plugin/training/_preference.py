@@ -272,9 +272,9 @@ class PreferenceEstimator(nn.Module):
         beta_max: float = 4.0,
     ) -> None:
         super().__init__()
-        self.modalities = as_tuple(modalities) or (modalities,)
+        self.modalities = as_tuple(modalities) or ()
         size = len(self.modalities)
-        problems = modality_problems(self.modalities, least=2)
+        problems = modality_problems(self.modalities or modalities, least=2)
         if not is_one_of(mode, ("default", "official")):
             problems.append(f"mode={mode!r}: pass 'default' or 'official'")
         if not is_number(eta, least=0):
