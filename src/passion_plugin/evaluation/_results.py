@@ -10,23 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from passion_plugin.data import parse_subset, read_rows
 from passion_plugin.errors import ConfigError, raise_problems, shortlist, suggest
-
-__all__ = [
-    "DIFFERENCE",
-    "STATUS",
-    "Convention",
-    "Row",
-    "SubsetResults",
-    "Summary",
-    "caption",
-    "in_shown_unit",
-    "table_lines",
-    "title",
-]
 
 STATUS = ("ok", "one empty", "both empty")
 """Status of a scored row, by the number of empty masks (prediction, truth)."""
@@ -35,6 +22,8 @@ DIFFERENCE = " difference"
 """What :meth:`SubsetResults.compare` appends to the names of metrics."""
 
 Grouping = Literal["subset", "modality", "size"]
+
+Names: TypeAlias = str | Iterable[str] | None
 
 _FIRST_COLUMN = {"subset": "subset", "modality": "contains", "size": "modalities"}
 
@@ -138,22 +127,25 @@ class SubsetResults:
     @cached_property
     def subsets(self) -> tuple[str, ...]:
         """Names of the subsets, in order."""
-        return tuple(dict.fromkeys(row.subset for row in self.rows))
+        return self._distinct("subset")
 
     @cached_property
     def samples(self) -> tuple[str, ...]:
         """Sample ids, in order."""
-        return tuple(dict.fromkeys(row.sample for row in self.rows))
+        return self._distinct("sample")
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
         """Classes or regions, in order."""
-        return tuple(dict.fromkeys(row.target for row in self.rows))
+        return self._distinct("target")
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics, in order."""
-        return tuple(dict.fromkeys(row.metric for row in self.rows))
+        return self._distinct("metric")
+
+    def _distinct(self, field: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(getattr(row, field) for row in self.rows))
 
     @cached_property
     def skipped(self) -> dict[str, int]:
@@ -161,13 +153,7 @@ class SubsetResults:
         missing = {(row.subset, row.sample) for row in self.rows if row.status == "missing"}
         return {name: sum(subset == name for subset, _ in missing) for name in self.subsets}
 
-    def summary(
-        self,
-        metric: str | None = None,
-        *,
-        subsets: str | Iterable[str] | None = None,
-        targets: str | Iterable[str] | None = None,
-    ) -> Summary:
+    def summary(self, metric: str | None = None, *, subsets: Names = None, targets: Names = None) -> Summary:
         """Mean, sd and n of some subsets and targets.
 
         Args:
@@ -199,13 +185,7 @@ class SubsetResults:
             n=len(averages),
         )
 
-    def mean(
-        self,
-        metric: str | None = None,
-        *,
-        subsets: str | Iterable[str] | None = None,
-        targets: str | Iterable[str] | None = None,
-    ) -> float:
+    def mean(self, metric: str | None = None, *, subsets: Names = None, targets: Names = None) -> float:
         """The mean of :meth:`summary`."""
         return self.summary(metric, subsets=subsets, targets=targets).mean
 
@@ -347,7 +327,7 @@ class SubsetResults:
         return cells
 
 
-def _pick(kind: str, wanted: str | Iterable[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+def _pick(kind: str, wanted: Names, known: tuple[str, ...]) -> tuple[str, ...]:
     if wanted is None:
         return known
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
@@ -369,8 +349,7 @@ def _parsed(line: Mapping[str, str]) -> tuple[Row, Convention]:
 
 def table_lines(results: SubsetResults, by: Grouping, metric: str, *, digits: int, sd: bool) -> list[list[str]]:
     """Cells of the header, of one line per group and of one over all subsets."""
-    targets = results.targets
-    several = len(targets) > 1
+    several = len(results.targets) > 1
 
     def number(cell: Summary) -> str:
         if not cell.n:
@@ -380,16 +359,15 @@ def table_lines(results: SubsetResults, by: Grouping, metric: str, *, digits: in
         return f"{mean:{sign}.{digits}f}" + (f" ± {deviation:.{digits}f}" if sd and cell.n > 1 else "")
 
     def line(name: str, subsets: tuple[str, ...]) -> list[str]:
-        cells = [results.summary(metric, subsets=subsets, targets=target) for target in targets]
-        counts = dict.fromkeys(str(cell.n) for cell in cells)
-        shown = "/".join(str(cell.n) for cell in cells) if len(counts) > 1 else next(iter(counts))
+        cells = [results.summary(metric, subsets=subsets, targets=target) for target in results.targets]
+        counts = [str(cell.n) for cell in cells]
         over_all = [results.summary(metric, subsets=subsets)] if several else []
-        return [name, *map(number, cells + over_all), shown]
+        return [name, *map(number, cells + over_all), counts[0] if len(set(counts)) == 1 else "/".join(counts)]
 
     lines = [line(name, subsets) for name, subsets in results.groups(by).items()]
     if len(results.subsets) > 1:
         lines.append(line("all subsets", results.subsets))
-    return [[_FIRST_COLUMN[by], *targets, *(["mean"] if several else []), "n"], *lines]
+    return [[_FIRST_COLUMN[by], *results.targets, *(["mean"] if several else []), "n"], *lines]
 
 
 def caption(results: SubsetResults, metric: str, sd: bool) -> str:
@@ -416,10 +394,10 @@ def title(results: SubsetResults, metric: str) -> str:
     """Name of a metric with the unit in which it is shown."""
     name = metric.removesuffix(DIFFERENCE)
     shown = {"dice": "Dice", "hd95": "HD95"}.get(name, name)
-    unit = results.conventions[metric].unit
-    if not metric.endswith(DIFFERENCE):
-        return f"{shown} ({'%' if unit == 'fraction' else unit})"
-    return f"Difference in {shown} ({'percentage points' if unit == 'fraction' else unit}, paired)"
+    unit, is_difference = results.conventions[metric].unit, metric != name
+    if unit == "fraction":
+        unit = "percentage points" if is_difference else "%"
+    return f"Difference in {shown} ({unit}, paired)" if is_difference else f"{shown} ({unit})"
 
 
 def in_shown_unit(results: SubsetResults, metric: str, value: float) -> float:
