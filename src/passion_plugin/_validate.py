@@ -83,9 +83,9 @@ def as_tuple(value: Any) -> tuple[Any, ...] | None:
 def modality_problems(modalities: Any, *, least: int = 1) -> list[str]:
     """Return what is wrong with names of modalities, one sentence each; an empty list when nothing is.
 
-    Names stand in headers and comments of CSV files and on command lines, so ``,`` and ``=``, white space at the ends
-    and line breaks are refused. ``+`` joins names to those of subsets; a name may hold it (``"T1+C"``) as long as every
-    joined name can be read in one way only.
+    Names stand in headers and comments of CSV files and on command lines, so ``,``, white space at the ends and line
+    breaks are refused. ``+`` joins names to those of subsets; a name may hold it (``"T1+C"``) as long as every joined
+    name can be read in one way only.
 
     Args:
         modalities: what the user passed.
@@ -105,10 +105,9 @@ def modality_problems(modalities: Any, *, least: int = 1) -> list[str]:
     for name in names:
         if not isinstance(name, str):
             problems.append(f"modality {name!r} is {describe(name)}; names are strings")
-        elif not name or name != name.strip() or not name.isprintable() or "," in name or "=" in name:
+        elif not name or name != name.strip() or not name.isprintable() or "," in name:
             problems.append(
-                f"modality {name!r}: a name must be printable and not empty, without ',' or '=' and without spaces at "
-                "its ends"
+                f"modality {name!r}: a name must be printable and not empty, without ',' and without spaces at its ends"
             )
     repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
     if repeated:

@@ -133,7 +133,7 @@ def test_describe_reports_nominal_beside_real_rates() -> None:
 
 
 def test_saved_table_is_read_back_equal(tmp_path: Path) -> None:
-    for table in (small_table(), draw_presence(["p,1", 'q"2', "#r"], {"a": 1 / 3, "b": 0.1}, seed=7)):
+    for table in (small_table(), draw_presence(["p,1", 'q"2', "#r"], {"T1+C": 1 / 3, "TE=8": 0.1}, seed=7)):
         table.save(tmp_path / "table.csv")
         assert PresenceTable.load(tmp_path / "table.csv") == table
 

@@ -4,12 +4,12 @@
 * ``_splits.py``: the split files that were published with the paper.
 * ``_subsets.py``: names and masks of subsets, :func:`drop_modalities` for training.
 * ``_dataset.py``: :class:`IncompleteDataset`, :func:`blank_missing` and the sampler :class:`EvenSubsets`.
-* ``_csv.py``: reading of text and CSV files.
+* ``_csv.py``: reading of CSV files.
 """
 
 from __future__ import annotations
 
-from passion_plugin.data._csv import read_rows, read_text
+from passion_plugin.data._csv import read_rows
 from passion_plugin.data._dataset import EvenSubsets, IncompleteDataset, blank_missing
 from passion_plugin.data._presence import PresenceTable, draw_presence
 from passion_plugin.data._splits import read_split_csv, write_split_csv
@@ -26,7 +26,6 @@ __all__ = [
     "parse_subset",
     "read_rows",
     "read_split_csv",
-    "read_text",
     "subset_mask",
     "subset_name",
     "write_split_csv",

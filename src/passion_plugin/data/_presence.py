@@ -263,7 +263,7 @@ def _parse_comments(
             if key == "seed":
                 seed = int(value)
             elif key == "nominal_rates":
-                pairs = [pair.partition("=")[::2] for pair in value.split(",")]
+                pairs = [pair.rpartition("=")[::2] for pair in value.split(",")]
                 rates = {name.strip(): float(number) for name, number in pairs}
         except ValueError as error:
             problems.append(f"line {line}: {key}: {error}")
