@@ -37,8 +37,10 @@ class TestSetUp:
             (("t1",), "at least two names"),
             ((), "at least two names"),
             (None, "at least two names"),
-            (("t1", 2), "at least two names"),
-            (("t1", ""), "at least two names"),
+            (("t1", 2), "modality 2 is a int; names are strings"),
+            (("t1", ""), "modality '': a name must"),
+            (("t1", "t1\n"), "a name must be printable"),
+            (("T1", "C", "T1+C"), "to one name in several ways"),
             (("t1", "t1"), "different names"),
         ],
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from passion_plugin._validate import as_tuple
+from passion_plugin._validate import as_tuple, modality_problems
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 
 __all__ = ["ModalityFrequencies", "values_by_modality"]
@@ -44,8 +44,9 @@ class ModalityFrequencies:
             missing_rates: rate in [0, 1) by name, or M rates in the order of ``modalities``.
 
         Raises:
-            ConfigError: both or neither given, or listing everything that is wrong with the one given.
+            ConfigError: bad names, both or neither given, or listing everything that is wrong with the one given.
         """
+        raise_problems(modality_problems(modalities), what="ModalityFrequencies")
         if (presence is None) == (missing_rates is None):
             raise ConfigError(
                 "say how rare the modalities are with either presence= (a table or a bool array (N, M) of the "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin._types import Mode
-from passion_plugin._validate import as_tuple, describe, is_int, is_number, is_one_of
+from passion_plugin._validate import as_tuple, describe, is_int, is_number, is_one_of, modality_problems
 from passion_plugin.errors import ConfigError, InputError, raise_problems, warn_user
 from passion_plugin.training._distributed import all_reduce_sum
 from passion_plugin.training._frequencies import values_by_modality
@@ -255,11 +255,9 @@ class PreferenceEstimator(nn.Module):
         beta_max: float = 4.0,
     ) -> None:
         super().__init__()
-        self.modalities = as_tuple(modalities) or (modalities,)
+        self.modalities = as_tuple(modalities) or ()
         size = len(self.modalities)
-        problems = []
-        if size < 2 or len(set(map(str, self.modalities))) < size:
-            problems.append(f"modalities={modalities!r}: pass at least two different names")
+        problems = modality_problems(self.modalities or modalities, least=2)
         if not is_one_of(mode, ("default", "official")):
             problems.append(f"mode={mode!r}: pass 'default' or 'official'")
         if not is_number(eta, least=0):
