@@ -160,7 +160,7 @@ def test_an_encoder_without_feature_maps_cannot_carry_a_head() -> None:
         encoders={"flair": "encoders.flair", "t1ce": "encoders.t1ce", "t1": "encoders.t1.1"},
     )
     x, mask, _ = batch([[1, 1, 1]])
-    with pytest.raises(ConfigError, match="'t1' puts out no feature map"):
+    with pytest.raises(ConfigError, match="'t1' returns no feature map"):
         PassionWrapper(net, M, missing_rates=(0.1,) * 3, spec=spec, example_input=x, example_mask=mask)
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -124,7 +125,7 @@ class BackboneAdapter:
         return available
 
     def availability(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
-        """Return what may be looked at: at least what the mask of the call lets through.
+        """Return what may be looked at: at least what the mask of the call says is present.
 
         Args:
             call: arguments of a forward.
@@ -141,7 +142,7 @@ class BackboneAdapter:
         available = check_mask(presence, self.batch_of(call), self.modalities, what="passion_presence")
         self._refuse_mixed(available)
         if self.has_mask(call) and bool((self.presence_of(call) & ~available).any()):
-            raise InputError("the mask lets modalities through that passion_presence says are missing")
+            raise InputError("the mask marks modalities as present that passion_presence says are missing")
         return available
 
     def presence_of(self, call: BackboneCall) -> Tensor:
@@ -176,7 +177,7 @@ class BackboneAdapter:
         if self.spec.fill_missing is not None:
             return
         parts = split(self.input_of(call), self.modalities)
-        finite = torch.stack([part.isfinite().flatten(1).all(1).cpu() for part in parts], dim=1)
+        finite = torch.stack([rearrange(part.isfinite(), "b ... -> b (...)").all(1).cpu() for part in parts], dim=1)
         broken = (presence & ~finite).nonzero().tolist()
         if broken:
             listed = ", ".join(f"{self.modalities[column]!r} of sample {row}" for row, column in broken[:8])
@@ -210,7 +211,7 @@ class BackboneAdapter:
 
         Args:
             call: arguments of all the rows that take part.
-            keep: bool (B, M), the modalities that are let through.
+            keep: bool (B, M), the modalities that are kept.
         """
         call = self.blanked(call, keep)
         for argument, value in self._student_kwargs.items():

@@ -1,4 +1,4 @@
-"""Students for backbones that cannot let a single modality through: small heads on encoder features."""
+"""Students for backbones that cannot predict from a single modality: small heads on encoder features."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def feature_maps(tensors: Sequence[Tensor], ndim: int) -> list[Tensor]:
 
 
 def build_heads(features: dict[str, list[Tensor]], prediction: Prediction, dtype: torch.dtype) -> nn.ModuleList:
-    """Build a head for each modality that fits what its encoder puts out.
+    """Build a head for each modality that fits what its encoder returns.
 
     Args:
         features: encoder outputs of an example, by modality, in the order of the modalities.
@@ -95,6 +95,6 @@ def build_heads(features: dict[str, list[Tensor]], prediction: Prediction, dtype
     for modality, tensors in features.items():
         channels = [tensor.shape[1] for tensor in feature_maps(tensors, ndim)]
         if not channels:
-            raise ConfigError(f"the encoder of {modality!r} puts out no feature map to set a UnimodalHead on")
+            raise ConfigError(f"the encoder of {modality!r} returns no feature map to set a UnimodalHead on")
         heads.append(UnimodalHead(channels, prediction.logits.shape[1], ndim))
     return heads.to(prediction.features.device, dtype)

@@ -1,4 +1,4 @@
-"""How a backbone wants to be told which modalities are present."""
+"""Translate between our mask and the one that a backbone takes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def encoded_like(given: Any, codec: MaskCodec, mask: Tensor) -> Any:
 
     Args:
         given: the mask in the user's call, or None.
-        codec: how the backbone is told.
+        codec: the translation.
         mask: bool (B, M), True = present.
 
     Example:

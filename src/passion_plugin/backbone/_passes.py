@@ -181,7 +181,7 @@ def explain_errors(what: str, hint: Callable[[], str] | None = None) -> Iterator
             # add_note() of Python 3.11 does the same.
             vars(error).setdefault("__notes__", []).append(f"while the backbone was given {what}")
             raise
-        few = any(f"more than 1 {lacking}" in str(error) for lacking in ("value", "spatial element"))
+        few = "more than 1 value" in str(error) or "more than 1 spatial element" in str(error)
         cause = ". Use larger batches or images, or layers without batch statistics" if few else hint() if hint else ""
         raise BackboneError(
             f"the backbone ran on the batch, but raises when it is given {what}: {short(error)}{cause}"

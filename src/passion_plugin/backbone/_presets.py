@@ -95,8 +95,8 @@ def preset(name: str, backbone: nn.Module, modalities: Sequence[str]) -> Backbon
     chosen = PRESETS[name]
     if not chosen.matches(backbone):
         known = {path for path, _ in backbone.named_modules()}
-        lacking = [path for path in chosen.fingerprint if path not in known]
-        raise ConfigError(f"{type(backbone).__name__} is no {name}: it has no module {lacking}")
+        missing = [path for path in chosen.fingerprint if path not in known]
+        raise ConfigError(f"{type(backbone).__name__} is no {name}: it has no module {missing}")
     return chosen.spec(modalities)
 
 

@@ -97,15 +97,15 @@ class BackboneSpec:
         forward_fn: ``(backbone, x, mask) -> raw`` with a bool mask (B, M), replaces the call in student passes.
         unimodal_outputs: ``(raw) -> sequence of M tensors (B, K, *spatial)``, probabilities that a separate
             uni-modal decoder of the backbone put into its training output. Used by the official mode.
-        students: how one modality is let through alone. ``"replay"``: encoder outputs of the fused pass are
+        students: how the backbone predicts from one modality alone. ``"replay"``: encoder outputs of the fused pass are
             used again. ``"mixed"``: those of the modality are, those of the others come from an absent input.
             ``"rerun"``: everything runs again on a blanked input. ``"heads"``: small heads on the encoder
-            features, for backbones that cannot let a single modality through. ``"auto"``: the first that the
+            features, for backbones that cannot predict from a single modality. ``"auto"``: the first that the
             checks show to be exact. Anything else is taken at its word and not checked: ``"replay"`` is wrong
             for a backbone that does not mask features after encoding.
         copy_features: keep copies of encoder outputs, for backbones that change them in place.
         can_skip_encoders: whether an encoder need not run on rows that lack its modality: nothing that the backbone
-            returns depends on what it would put out for them; set by the checks.
+            returns depends on their features; set by the checks.
 
     Raises:
         ConfigError: listing every field that is wrong.

@@ -17,7 +17,7 @@ __all__ = ["StudentInput", "active_students", "random_subsets", "with_dummy_stud
 
 @dataclass(frozen=True)
 class StudentInput:
-    """Rows of the batch in which only some modalities are let through.
+    """Rows of the batch in which only some modalities are kept.
 
     Attributes:
         modalities: their names, at least one.
@@ -29,28 +29,28 @@ class StudentInput:
 
     @classmethod
     def singles(cls, modalities: Sequence[str], where: Tensor) -> list[StudentInput]:
-        """Let every modality through alone.
+        """Show every modality alone.
 
         Args:
             modalities: M names.
             where: bool (B, M) on the CPU, which rows of the batch show which modality alone.
 
         Returns:
-            Segments in the order of the modalities; none for a modality without rows.
+            Inputs in the order of the modalities; none for a modality without rows.
         """
         rows = [where[:, column].nonzero().flatten() for column in range(len(modalities))]
         return [cls((name,), index) for name, index in zip(modalities, rows, strict=True) if len(index)]
 
     @classmethod
     def subsets(cls, modalities: Sequence[str], where: Tensor) -> list[StudentInput]:
-        """Let the modalities of each row through together.
+        """Show the modalities of each row together.
 
         Args:
             modalities: M names.
             where: bool (B, M) on the CPU, what each row of the batch shows; nothing for a row that is left out.
 
         Returns:
-            A student_input for each subset that some row shows.
+            An input for each subset that some row shows.
 
         Example:
             >>> import torch

@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Student:
-    """The prediction of the rows in which only some modalities were let through.
+    """The prediction of the rows in which only some modalities were kept.
 
     Attributes:
         modalities: their names.
@@ -86,7 +86,7 @@ def run_students(
 
     Raises:
         BackboneError: several modalities at once are asked of a backbone whose students are heads, or the backbone
-            raises where a part of the batch is let through.
+            raises where it is given a part of the batch.
     """
     if adapter.spec.students == "heads":
         return [_head_student(adapter, fused, heads, student_input) for student_input in student_inputs]

@@ -54,7 +54,7 @@ def check_heads(heads: nn.ModuleList, backbone: nn.Module, *, single_call: bool)
     """Check that the gradients of heads are reduced over all processes.
 
     Args:
-        heads: students of a backbone that cannot let a single modality through; else empty.
+        heads: students of a backbone that cannot predict from a single modality; else empty.
         backbone: that backbone.
         single_call: whether the target came with the call.
 

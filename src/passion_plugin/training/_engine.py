@@ -43,7 +43,7 @@ __all__ = ["PassionEngine", "attach", "find_engine", "get_passion_state_dict", "
 
 
 class PassionEngine(nn.Module):
-    """Runs students beside the backbone and turns what they predict into a loss.
+    """Runs students next to the backbone and turns what they predict into a loss.
 
     Made by :class:`~passion_plugin.PassionWrapper`, where it is ``model.passion``, and by :func:`attach`. It is a
     module that holds what is ours and nothing of the backbone: the heads, where students are heads, and the state of
@@ -57,7 +57,7 @@ class PassionEngine(nn.Module):
     Attributes:
         backbone: the module; not registered as a part of the engine.
         adapter: the backbone with its spec; None before the first batch or an example was seen.
-        heads: students of a backbone that cannot let a single modality through; else empty.
+        heads: students of a backbone that cannot predict from a single modality; else empty.
 
     Raises:
         ConfigError: listing what is wrong with names, rates, spec or strategy.
@@ -316,7 +316,7 @@ class PassionEngine(nn.Module):
             self.strategy.check(adapter)
             if self._needs_heads(adapter):
                 raise BackboneError(
-                    "this backbone cannot let a single modality through, so its students are heads with parameters of "
+                    "this backbone cannot predict from a single modality, so its students are heads with parameters of "
                     "their own, which must exist before the optimizer is made: pass example_input= and example_mask= "
                     "when you wrap it"
                 )

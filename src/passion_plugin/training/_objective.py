@@ -72,7 +72,7 @@ class LossTerms:
         Returns:
             ``{"pixel": {"flair": …}, "prototype": …, "distance": …, "unimodal": …, "gate": …}``; that of
             ``gate`` is the fraction of active students whose gate is open. Students of several modalities are
-            ``"subset"`` beside the names.
+            ``"subset"`` next to the names.
         """
         result: dict[str, dict[str, float]] = {}
         for name in (*_TERMS, "gate"):

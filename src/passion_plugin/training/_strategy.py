@@ -27,7 +27,7 @@ __all__ = ["PassionRule", "Plain", "Strategy", "check_strategy"]
 
 
 class Strategy:
-    """A balancing rule beside the user's own loss; subclass it and pass an object as ``strategy=``.
+    """A balancing rule in addition to the user's own loss; subclass it and pass an object as ``strategy=``.
 
     In each step the engine asks for :meth:`student_inputs`, runs those passes, and calls :meth:`loss` and
     :meth:`factors` once the target is known. Factors are put on the gradients of the encoders through hooks that
@@ -39,7 +39,7 @@ class Strategy:
         students: ``"none"``: there are no passes; ``"scored"``: their predictions are only looked at and carry
             no gradient; ``"trained"``: :meth:`loss` differentiates through them.
         scales_encoders: whether :meth:`factors` gives any; then every encoder needs parameters of its own.
-        needs_features: whether the step has to keep what the encoders put out.
+        needs_features: whether the step has to keep what the encoders return.
         noise: add Gaussian noise of its own standard deviation to each gradient that is scaled.
         needs_full_teacher: whether :meth:`loss` or :meth:`factors` take the teacher for the prediction from all that
             students may see; then ``passion_presence`` may not name more than the mask lets through.
@@ -222,7 +222,7 @@ class Plain(Strategy):
     """No rule at all: training on the imperfect data as it is (IDT), the baseline of every comparison.
 
     The encoders of missing modalities see blank images as with every other rule; there is no student and no loss
-    beside the user's own.
+    in addition to the user's own.
 
     Example:
         >>> Plain().student_inputs(torch.ones(1, 2, dtype=torch.bool))
@@ -323,7 +323,7 @@ class PassionRule(Strategy):
             check_untied_encoders(adapter.encoders)
 
     def student_inputs(self, presence: Tensor) -> list[StudentInput]:
-        """Every modality alone, in the rows that have it beside another one; and random subsets where asked for."""
+        """Every modality alone, in the rows that have it and another one; and random subsets where asked for."""
         alone = StudentInput.singles(self.modalities, active_students(presence))
         if not self.config.subset_students:
             return alone
