@@ -98,13 +98,6 @@ class Prediction:
         """Return it without gradient."""
         return self.of([tensor.detach() for tensor in self.tensors()])
 
-    def split(self, sizes: Sequence[int]) -> list[Prediction]:
-        """Cut the batch into consecutive parts."""
-        if len(sizes) == 1:
-            return [self]
-        parts = zip(*(tensor.split(list(sizes)) for tensor in self.tensors()), strict=True)
-        return [self.of(part) for part in parts]
-
     def rows(self, index: Tensor) -> Prediction:
         """Return some samples only, given in ascending order."""
         if len(index) == len(self.logits):

@@ -269,7 +269,7 @@ def true_student(
     call = probe.arguments(probe.images(*changed), presence)
     nobody = Prediction(torch.empty(0), torch.empty(0))
     reseed()
-    fused = FusedPass(call, len(presence), None, nobody, FeatureCache({}), None)
+    fused = FusedPass(call, len(presence), None, nobody, FeatureCache({}))
     return student_pass(adapter, fused, student_input)
 
 

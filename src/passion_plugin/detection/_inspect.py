@@ -492,7 +492,7 @@ def example_heads(adapter: BackboneAdapter, call: BackboneCall) -> nn.ModuleList
     everything = torch.ones(adapter.batch_of(call), len(adapter.modalities), dtype=torch.bool)
     with torch.random.fork_rng(), ModuleState(backbone).preserved():
         fused = fused_pass(adapter, call, everything)
-        features = {modality: fused.record.features(modality) for modality in adapter.modalities}
+        features = {modality: fused.features.features(modality) for modality in adapter.modalities}
         # Autocast keeps weights that it has cast, and PyTorch 2.5 those that were cast without gradient too.
         torch.clear_autocast_cache()
         dtypes = [p.dtype for p in backbone.parameters() if p.is_floating_point()]

@@ -366,7 +366,9 @@ class PassionEngine(nn.Module):
             presence=available,
             active=active_students(available),
             image_size=adapter.image_size(call),
-            features={name: fused.record.features(name) for name in self.modalities} if strategy.needs_features else {},
+            features={name: fused.features.features(name) for name in self.modalities}
+            if strategy.needs_features
+            else {},
             unused=unused,
         )
 
