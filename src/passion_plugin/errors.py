@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "raise_problems",
     "require",
     "short",
+    "shortlist",
     "suggest",
     "warn_user",
 ]
@@ -106,6 +108,16 @@ def short(error: Exception) -> str:
     """Return class and message of an exception on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
+
+
+def shortlist(values: Iterable[object]) -> str:
+    """Return the first six values, separated by commas, each cut to 30 characters.
+
+    Example:
+        >>> shortlist(range(100))
+        '0, 1, 2, 3, 4, 5, ...'
+    """
+    return reprlib.repr(list(values))[1:-1]
 
 
 def _either(names: Sequence[str]) -> str:

@@ -31,8 +31,8 @@ def prediction_of(raw: Any) -> Tensor:
     labels = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
     if labels:
         raise BackboneError(
-            f"the backbone returns {labels[0].dtype} {tuple(labels[0].shape)}: labels, not logits or "
-            f"probabilities, so that nothing can be distilled. Let it return what its last layer gives"
+            f"the backbone returns {labels[0].dtype} {tuple(labels[0].shape)}: labels, not logits or probabilities. "
+            f"Let it return what its last layer gives."
         )
     raise BackboneError(
         f"the backbone returns {type(raw).__name__} without a tensor (batch, classes, *spatial) in it: is "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from passion_plugin._validate import as_tuple
+from passion_plugin._validate import as_tuple, modality_problems
 from passion_plugin.backbone import (
     BackboneAdapter,
     BackboneCall,
@@ -366,8 +366,8 @@ def check_setup(backbone: Any, modalities: Any, config: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: listing everything that is wrong.
     """
-    names = as_tuple(modalities) or (modalities,)
-    problems = []
+    names = as_tuple(modalities) or ()
+    problems = modality_problems(names or modalities, least=2)
     if not isinstance(backbone, nn.Module):
         problems.append(f"the backbone must be a torch.nn.Module, got {type(backbone).__name__}")
     elif type(backbone).__name__ in _OUTER:
@@ -375,10 +375,6 @@ def check_setup(backbone: Any, modalities: Any, config: Any) -> tuple[str, ...]:
             f"the backbone is a {type(backbone).__name__}: give its .module, and put DistributedDataParallel around "
             f"the wrapper (DataParallel is not supported; for shards use fully_shard)"
         )
-    if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
-        problems.append(f"modalities must be at least two names, got {modalities!r}")
-    elif len(set(names)) != len(names):
-        problems.append(f"modalities must be different names, got {modalities!r}")
     if not isinstance(config, PassionConfig):
         problems.append(f"config must be a PassionConfig, got {type(config).__name__}")
     raise_problems(problems, what="PassionEngine")
