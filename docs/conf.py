@@ -16,8 +16,8 @@ source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
-# The site is built with --fail-on-warning: a reference to a name of ours that the reference does not describe is an
-# error. Names of other projects would need their inventories from the network.
+# With --fail-on-warning a link to a name of ours that no page describes is an error. Names of other projects would need
+# their inventories from the network.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!passion_plugin\.).*")]
 
@@ -35,16 +35,33 @@ html_title = f"passion-plugin {release}"
 
 
 def _escape_axes(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Shapes such as (B, *spatial) are no emphasis."""
+    """Escape the asterisk in shapes such as (B, *spatial): it is no emphasis."""
     lines[:] = [re.sub(r"(?<=[(, ])\*(?=\w+[,)])", r"\\*", line) for line in lines]
 
 
 def _unlink_files(_app: Any, _page: str, source: list[str]) -> None:
-    """Files outside of this folder have no page on the site; links to them are for readers of the repository."""
+    """Turn links to files outside this folder into text: the site has no page for them."""
     source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
+
+
+def _public_name(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """Link annotations, which name private files, to the room or the root that describes the name; else leave text."""
+    target = node.get("reftarget", "")
+    if not target.startswith("passion_plugin."):
+        return None
+    in_room = re.sub(r"\._[a-z]\w*", "", target)
+    in_root = re.sub(r"^passion_plugin\.[a-z]\w*\.", "passion_plugin.", in_room)
+    for name in (in_room, in_root):
+        found = env.get_domain("py").resolve_xref(
+            env, node["refdoc"], app.builder, node["reftype"], name, node, contnode
+        )
+        if found is not None:
+            return found
+    return contnode if "._" in target else None
 
 
 def setup(app: Any) -> None:
     """Connect what the configuration values cannot say."""
     app.connect("autodoc-process-docstring", _escape_axes)
+    app.connect("missing-reference", _public_name)
     app.connect("source-read", _unlink_files)

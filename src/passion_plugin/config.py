@@ -37,7 +37,7 @@ class PassionConfig:
         prototype_weight: :math:`\lambda_{proto}`, weight of the prototype distillation. Published code: 0.1.
         unimodal_weight: :math:`u`, weight of the uni-modal segmentation loss. Part of the paper's task loss.
         rarity_weights: whether :math:`w_m = N / N_m`; False: :math:`w_m = 1`, for data that is drawn so that rare
-            modalities are seen as often as common ones (:class:`~passion_plugin.missing.EvenSubsets`).
+            modalities are seen as often as common ones (:class:`~passion_plugin.data.EvenSubsets`).
         subset_students: whether a sample that has three modalities or more has one student more, which sees a random
             subset of them: two at least and not all. Otherwise training shows what samples have and single
             modalities, and nothing in between. Default mode only.

@@ -16,7 +16,9 @@ import pytest
 import passion_plugin
 
 ROOT = Path(__file__).parents[2]
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PACKAGE = ROOT / "src" / "passion_plugin"
+PAGES = sorted((ROOT / "docs").glob("**/*.md"))
+RUN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 LINKED = [*RUN, ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
 
 FENCE = re.compile(r"^(?P<mark>```+|~~~+)\s*(?P<info>[^`\n]*)$")
@@ -51,7 +53,7 @@ def blocks(text: str) -> list[Block]:
             opened = None
         else:
             code.append(line)
-    assert opened is None, f"the fence opened in line {opened[2] - 1} is never closed" if opened else ""
+    assert opened is None, f"the fence of line {opened[2] - 1} is never closed" if opened else ""
     return found
 
 
@@ -127,10 +129,39 @@ def test_every_name_written_in_full_exists(path: Path) -> None:
 
 def test_the_reference_describes_everything_public() -> None:
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
-    described = [resolve(dotted) for dotted in re.findall(r":: (passion_plugin\.\S+)", pages)]
+    described = [resolve(dotted) for dotted in re.findall(r":: (passion_plugin\S*)", pages)]
     described += [getattr(module, name) for module in described for name in getattr(module, "__all__", ())]
-    lacking = [name for name in passion_plugin.__all__ if getattr(passion_plugin, name) not in described]
-    assert not lacking
+    missing = [name for name in passion_plugin.__all__ if getattr(passion_plugin, name) not in described]
+    assert not missing
+
+
+def test_the_pages_describe_every_name_of_the_root() -> None:
+    text = "\n".join(prose(path.read_text(encoding="utf-8")) for path in PAGES if path.parent.name == "docs")
+    missing = [name for name in passion_plugin.__all__ if not re.search(rf"`[^`]*\b{name}\b[^`]*`", text)]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_page_opens_with_what_the_reader_can_do_after_it(path: Path) -> None:
+    title, _, opening = path.read_text(encoding="utf-8").partition("\n\n")
+    assert title.startswith("# ")
+    assert re.match(r"After this page you (can|know) ", opening)
+
+
+def test_the_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = re.findall(r"`([\w/]+\.py)`", text)
+    assert len(files) > 30
+    assert not [file for file in files if not (PACKAGE / file).exists() and not (ROOT / file).exists()]
+
+
+def test_the_architecture_names_every_room() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
 def resolve(dotted: str) -> object:

@@ -219,7 +219,7 @@ def passion_objective(
             \lambda_{pix}\, \beta_m K_{bm} + \lambda_{proto}\, \omega_{bm} P_{bm} + u\, S_{bm} \right)
 
     Official mode puts beta and the gate on S as well, as the published code does. :math:`\beta_m` acts on
-    gradients only (:func:`passion_plugin.modulation.scale_gradient`), the value is that with beta = 1. During
+    gradients only (:func:`passion_plugin.training.scale_gradient`), the value is that with beta = 1. During
     warm-up only S is left, without its gate. With ``config.gate`` off every gate is open. Students of several
     modalities add their :math:`\lambda_{pix} K_b + \lambda_{proto} P_b + u\, S_b`.
 

@@ -32,7 +32,7 @@ class Strategy:
     In each step the engine asks for :meth:`student_inputs`, runs those passes, and calls :meth:`loss` and
     :meth:`factors` once the target is known. Factors are put on the gradients of the encoders through hooks that
     are removed before the next forward, so that they act within the backward of their own step only. PASSION is
-    such a rule too: :class:`~passion_plugin.strategies.PassionRule`.
+    such a rule too: :class:`~passion_plugin.training.PassionRule`.
 
     Attributes:
         name: by which the registry knows it, and its state is recognised.
@@ -242,7 +242,7 @@ class PassionRule(Strategy):
         L = \frac1B \sum_b \sum_m w_m \left(
             \lambda_{pix}\, \beta_m K_{bm} + \lambda_{proto}\, \omega_{bm} P_{bm} + u\, S_{bm} \right)
 
-    The terms and what weighs them are :func:`~passion_plugin.objective.passion_objective`, the gate :math:`\omega`
+    The terms and what weighs them are :func:`~passion_plugin.training.passion_objective`, the gate :math:`\omega`
     and the weights :math:`\beta` are :class:`~passion_plugin.PreferenceEstimator`. All hyper-parameters are in the
     :class:`~passion_plugin.PassionConfig` of the engine; during its warm-up epochs :math:`\beta` rests.
 
