@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,9 @@ def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temper
     masks = class_masks(labels, classes, student.ndim)
     sizes, dtype = masks.sum(-1), wide_dtype(student, teacher)
     with outside_autocast(student):
-        log_s, log_t = ((z.flatten(2).to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
+        log_s, log_t = (
+            (rearrange(z, "b k ... -> b k (...)").to(dtype) / temperature).log_softmax(1) for z in (student, teacher)
+        )
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1, keepdim=True)
     means = torch.where(masks, divergence, 0).sum(-1) / sizes.clamp(min=1)
     return temperature**2 / classes * means.sum(1) / (sizes > 0).sum(1)
