@@ -16,14 +16,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps
+from examples.experiment.idea_terms import balanced_divergence, class_masks, gated_gaps, similarity_maps
 from passion_plugin._validate import is_number, is_one_of
 from passion_plugin.backbone import BackboneAdapter, Prediction, StudentInput, fused_pass
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.losses import resize_labels
-from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
-from passion_plugin.losses._prototype_op import similarity_maps
 from passion_plugin.training import LossTerms, ModalityFrequencies, PassionRule, TrainingStep, UnimodalLoss
 
 __all__ = ["IDEAS", "PassionVariation"]
@@ -158,7 +156,8 @@ class PassionVariation(PassionRule):
         """K (B, M)."""
         logits = step.teacher.logits
         labels = resize_labels(labels, tuple(logits.shape[2:]))
-        result = logits.new_zeros(step.presence.shape, dtype=wide_dtype(logits))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        result = logits.new_zeros(step.presence.shape, dtype=dtype)
         for student in step.students:
             rows = student.rows.to(logits.device)
             values = balanced_divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
@@ -169,15 +168,13 @@ class PassionVariation(PassionRule):
         """P (B, M), gated."""
         features, classes = step.teacher.features, step.teacher.logits.shape[1]
         labels = resize_labels(labels, tuple(features.shape[2:]))
-        masks = class_masks(labels, classes, features.ndim)
-        dtype = wide_dtype(features)
-        with outside_autocast(features):
-            maps = similarity_maps(features.to(dtype), masks)
-            gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
-            for student in step.students:
-                rows = student.rows.to(features.device)
-                gap = similarity_maps(student.prediction.features.to(dtype), masks[rows]) - maps[rows]
-                gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
+        masks = class_masks(labels, classes)
+        maps = similarity_maps(features, masks)
+        gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
+        for student in step.students:
+            rows = student.rows.to(features.device)
+            gap = similarity_maps(student.prediction.features, masks[rows]) - maps[rows]
+            gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
         return gated_gaps(gaps, step.active.to(gaps.device), masks.any(-1), by_class=self.gate_by == "class")
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps
+from examples.experiment.idea_terms import balanced_divergence, class_masks, gated_gaps, similarity_maps
 from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.recipes import parse_recipe
 from models import NAMES, MeanNet, batch, spec_of
@@ -17,8 +17,6 @@ from passion_plugin import get_passion_state_dict, set_passion_state_dict
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, PassionWarning
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
-from passion_plugin.losses._common import class_masks
-from passion_plugin.losses._prototype_op import similarity_maps
 from passion_plugin.training import LossTerms
 from passion_plugin.wrapper import PassionWrapper
 
@@ -120,7 +118,7 @@ class TestGates:
 
     def test_gaps_are_those_of_the_library(self) -> None:
         student, teacher, labels = logits_and_labels()
-        masks = class_masks(labels, 3, student.ndim)
+        masks = class_masks(labels, 3)
         gaps = similarity_maps(student, masks) - similarity_maps(teacher, masks)
         squares = torch.where(masks.any(-1, keepdim=True), gaps.square(), 0).mean(-1).sum(1) / masks.any(-1).sum(1)
         torch.testing.assert_close(squares, prototype_distillation(student, teacher, labels, 3)[0])
