@@ -28,7 +28,6 @@ def main(out: str | Path = "runs/accelerate", epochs: int = 3, patients: int = 8
     wrapper = PassionWrapper(backbone, presence.modalities, presence=presence)  # 1: wrap
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-3)
     model, optimizer, batches = accelerator.prepare(wrapper, optimizer, loader)
-    accelerator.register_for_checkpointing(wrapper.passion)
 
     losses = []
     for epoch in range(epochs):

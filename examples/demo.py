@@ -108,7 +108,7 @@ def table(plain: SubsetResults, passion: SubsetResults) -> tuple[str, list[dict[
 
     Returns:
         An aligned Markdown table of the mean over regions, and the same as records with one line per
-        subset or group and region besides.
+        subset or group and region.
     """
     difference = passion.compare(plain)
     columns = {"plain": plain, "passion": passion, "difference": difference}

@@ -42,7 +42,7 @@ def main(out: str | Path = "runs/fabric", epochs: int = 3, patients: int = 8, si
         wrapper.end_epoch()  # 3: update the preference
         fabric.log_dict(wrapper.passion.metrics(), step=epoch)
         print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}")
-    fabric.save(Path(out) / "last.ckpt", {"model": model, "optimizer": optimizer, "passion": wrapper.passion})
+    fabric.save(Path(out) / "last.ckpt", {"model": model, "optimizer": optimizer})
     return losses
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange, reduce
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import PrepareBatchExtraInput
 from monai.losses import DiceCELoss
@@ -44,8 +45,8 @@ class EncoderPerModality(nn.Module):
 
 
 def mean_of_present(features: list[Tensor], mask: Tensor) -> Tensor:
-    weight = mask[:, :, None, None, None, None] / mask.sum(1).view(-1, 1, 1, 1, 1, 1)
-    return (torch.stack(features, dim=1) * weight).sum(1)
+    weight = rearrange(mask / mask.sum(1, keepdim=True), "b m -> b m 1 1 1 1")
+    return reduce(torch.stack(features, dim=1) * weight, "b m ... -> b ...", "sum")
 
 
 def main(network: str = "encoders", epochs: int = 3, patients: int = 8, size: int = 24) -> SubsetResults:

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 
 from examples.backbones import UHeMISLike
 from examples.training import criterion
+from passion_plugin import PassionWrapper, get_passion_state_dict, set_passion_state_dict
 from passion_plugin.data import IncompleteDataset, draw_presence
 from passion_plugin.phantom import CLASSES, MODALITIES, PhantomDataset
-from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 
@@ -81,7 +81,7 @@ class Training:
         state = {
             "step": self.step,
             "backbone": self.model.backbone.state_dict(),
-            "passion": self.get_passion_state_dict(model),
+            "passion": get_passion_state_dict(self.model),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -94,7 +94,7 @@ class Training:
     def load(self, path: Path) -> None:
         """Restore what :meth:`save` wrote; the random numbers last, since everything else may draw some."""
         state = torch.load(path, weights_only=True)
-        self.model.load_addon_state_dict(state["passion"])  # First: it refuses what belongs to another training.
+        set_passion_state_dict(self.model, state["passion"])  # First: it refuses what belongs to another training.
         self.model.backbone.load_state_dict(state["backbone"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

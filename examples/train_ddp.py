@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.backbones import UHeMISLike
-from passion_plugin.data import IncompleteDataset, draw_presence
+from passion_plugin import IncompleteDataset, PassionWrapper, draw_presence, get_passion_state_dict
 from passion_plugin.phantom import PhantomDataset
-from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["main"]
 
@@ -76,7 +75,8 @@ def train(device: torch.device, epochs: int, patients: int, size: int, out: Path
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        torch.save({"backbone": backbone.state_dict(), "passion": get_passion_state_dict(model)}, out / "checkpoint.pt")
+        state = {"backbone": backbone.state_dict(), "passion": get_passion_state_dict(model)}
+        torch.save(state, out / "checkpoint.pt")
 
 
 if __name__ == "__main__":

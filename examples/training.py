@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +29,7 @@ def entropy_and_batch_dice(logits: Tensor, target: Tensor) -> Tensor:
     A patch without tumour then still counts: what is predicted there lowers the Dice of the batch.
     """
     probability = logits.softmax(dim=1)[:, 1:]
-    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(probability.dtype)
+    truth = rearrange(F.one_hot(target, logits.shape[1]), "b ... k -> b k ...")[:, 1:].to(probability.dtype)
     axes = (0, *range(2, logits.ndim))
     overlap, size = (probability * truth).sum(axes), (probability + truth).sum(axes)
     return F.cross_entropy(logits, target) + 1 - ((2 * overlap + 1) / (size + 1)).mean()
@@ -91,7 +92,7 @@ def train(
         task: see :func:`criterion`.
         name: for the progress bar.
         quiet: no progress bar.
-        log: called with ``metrics()`` and the step after every epoch.
+        log: called with ``passion.metrics()`` and the step after every epoch.
         after_step: called after every step of the optimizer, to average weights for example.
 
     Returns:
@@ -102,19 +103,19 @@ def train(
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    passion = wrap(model) if wrap else None  # 1: wrap
-    network = passion or model
+    wrapper = wrap(model) if wrap else None  # 1: wrap
+    network = wrapper or model
     network.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
     history = []
     with tqdm(loader, total=steps, desc=f"train {name}", unit="step", mininterval=1.0, disable=quiet) as bar:
         for step, batch in enumerate(bar, start=1):
-            hidden = {"passion_presence": batch["presence"]} if passion and "presence" in batch else {}
+            hidden = {"passion_presence": batch["presence"]} if wrapper and "presence" in batch else {}
             prediction = network(batch["image"], batch["mask"], **hidden)
             loss = criterion(prediction, batch["label"], batch["mask"], task)
-            if passion:
-                loss = loss + passion.passion_loss(batch["label"])  # 2: distil
+            if wrapper:
+                loss = loss + wrapper.passion_loss(batch["label"])  # 2: distil
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -122,14 +123,14 @@ def train(
             schedule.step()
             if after_step:
                 after_step()
-            if passion and (step % steps_per_epoch == 0 or step == steps):
-                history.append(passion.end_epoch())  # 3: update the preference
+            if wrapper and (step % steps_per_epoch == 0 or step == steps):
+                history.append(wrapper.end_epoch())  # 3: update the preference
                 if log:
-                    log(passion.metrics(), step)
+                    log(wrapper.passion.metrics(), step)
             if step % 10 == 0 or step == steps:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step} of {steps}")
-    if passion:
-        passion.unwrap()
+    if wrapper:
+        wrapper.unwrap()
     return history

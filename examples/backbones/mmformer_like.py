@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,14 +31,15 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor, present: Tensor | None = None) -> Tensor:
         """Return tokens (B, T, C); ``present`` (B, T) bool says which may be attended to (None: all)."""
-        split = self.qkv(self.norm(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = split.unbind(0)
+        query, key, value = rearrange(
+            self.qkv(self.norm(tokens)), "b t (three h c) -> three b h t c", three=3, h=self.heads
+        )
         allowed = None
         if present is not None:
             # With nothing present a softmax over no keys is NaN; letting all (zero) tokens in is finite.
             allowed = (present | ~present.any(dim=1, keepdim=True))[:, None, None, :]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
+        tokens = tokens + self.out(rearrange(attended, "b h t c -> b t (h c)"))
         return tokens + self.mlp(tokens)
 
 
@@ -54,7 +56,7 @@ class IntraModal(nn.Module):
         """Return tokens (B, T, C) for the coarsest features (B, C, *spatial), at any spatial size."""
         mode = "bilinear" if features.ndim == 4 else "trilinear"
         position = F.interpolate(self.position, size=features.shape[2:], mode=mode, align_corners=False)
-        tokens: Tensor = self.transformer((self.embed(features) + position).flatten(2).transpose(1, 2))
+        tokens: Tensor = self.transformer(rearrange(self.embed(features) + position, "b c ... -> b (...) c"))
         return tokens
 
 
@@ -100,9 +102,10 @@ class MMFormerLike(nn.Module):
         bottom = levels[-1]
         tokens = torch.stack([intra(bottom[:, m]) for m, intra in enumerate(self.intra.values())], dim=1)
         tokens = keep_present(tokens, mask)
-        present = mask.repeat_interleave(tokens.shape[2], dim=1)
-        mixed = self.inter(tokens.flatten(1, 2), present).unflatten(1, tokens.shape[1:3])
-        mixed = keep_present(mixed, mask).transpose(2, 3).unflatten(3, bottom.shape[3:])
-        features = self.decoder([level.flatten(1, 2) for level in [*levels[:-1], mixed]])
+        present = repeat(mask, "b m -> b (m t)", t=tokens.shape[2])
+        mixed = self.inter(rearrange(tokens, "b m t c -> b (m t) c"), present)
+        mixed = keep_present(rearrange(mixed, "b (m t) c -> b m c t", m=mask.shape[1]), mask)
+        levels[-1] = mixed.unflatten(3, bottom.shape[3:])
+        features = self.decoder([rearrange(level, "b m c ... -> b (m c) ...") for level in levels])
         logits: Tensor = self.classifier(features)
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
 from examples.backbones.blocks import ConvBlock, Encoder, UNetDecoder, conv, encode, upsample_to
@@ -42,14 +43,13 @@ class RegionFusion(nn.Module):
             Fused features (B, C, *spatial) and coarse logits (B, K, *spatial).
         """
         context = [] if below is None else [below]
-        coarse: Tensor = self.coarse(torch.cat([stack.flatten(1, 2), *context], dim=1))
-        regions = coarse.softmax(dim=1).flatten(2)
-        voxels = stack.flatten(3)
-        mass = regions.sum(dim=2)[:, :, None, None] + 1e-5
-        pooled = torch.einsum("bks,bmcs->bkmc", regions, voxels) / mass
-        weights = self.weights(pooled.flatten(2)).sigmoid()
-        attention = torch.einsum("bks,bkm->bms", regions, weights)
-        fused = torch.einsum("bms,bmcs->bcs", attention, voxels).unflatten(2, stack.shape[3:])
+        coarse: Tensor = self.coarse(torch.cat([rearrange(stack, "b m c ... -> b (m c) ..."), *context], dim=1))
+        regions = rearrange(coarse.softmax(dim=1), "b k ... -> b k (...)")
+        voxels = rearrange(stack, "b m c ... -> b m c (...)")
+        mass = reduce(regions, "b k v -> b k 1", "sum") + 1e-5
+        pooled = rearrange(einsum(regions, voxels, "b k v, b m c v -> b k m c"), "b k m c -> b k (m c)") / mass
+        attention = einsum(regions, self.weights(pooled).sigmoid(), "b k v, b k m -> b m v")
+        fused = einsum(attention, voxels, "b m v, b m c v -> b c v").unflatten(2, stack.shape[3:])
         return self.refine(torch.cat([fused, *context], dim=1)), coarse
 
 
@@ -98,7 +98,7 @@ class RFNetLike(nn.Module):
         self.unimodal_classifier = conv(ndim, widths[0], num_classes, kernel=1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """StudentInput ``x`` (B, M, *spatial) from the modalities that ``mask`` (B, M) bool lets through."""
+        """Segment ``x`` (B, M, *spatial) from the modalities that are True in ``mask`` (B, M) bool."""
         levels = encode(self.encoders, x, mask)
         coarse: list[Tensor] = []
         below: Tensor | None = None

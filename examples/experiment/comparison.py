@@ -86,7 +86,7 @@ class Comparison:
         return [name for name in self.strategies if name != self.focus]
 
     def best_other(self, group: tuple[str, int]) -> str | None:
-        """The rule beside PASSION that the focus gains least on, of those that were run as often as any."""
+        """The rule other than PASSION that the focus gains least on, of those that were run as often as any."""
         rules = [name for name in self.others if not parse_recipe(name).rule.startswith("passion")]
         found = {name: by_patient(self.scores().difference(self.focus, name, self.within(group))) for name in rules}
         most = max((gain.runs for gain in found.values()), default=0)

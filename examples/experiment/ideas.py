@@ -1,6 +1,6 @@
 """Variations of PASSION that experiments judge; those that do not help stay out of the library.
 
-Each is a rule like any other: :class:`~passion_plugin.strategies.PassionRule` with one part changed. Their
+Each is a rule like any other: :class:`~passion_plugin.training.PassionRule` with one part changed. Their
 equations stand below, what came of them in docs/results.md. In the name of a strategy an idea is written like a
 hyper-parameter: ``passion:pixel=balanced``, ``passion:teacher_decay=0.99``.
 """
@@ -16,21 +16,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from examples.experiment.idea_terms import balanced_divergence, gated_gaps
+from examples.experiment.idea_terms import balanced_divergence, class_masks, gated_gaps, similarity_maps
 from passion_plugin._validate import is_number, is_one_of
-from passion_plugin.backbone._adapter import BackboneAdapter
-from passion_plugin.backbone._passes import fused_pass
-from passion_plugin.backbone._prediction import Prediction
-from passion_plugin.backbone._students import StudentInput
+from passion_plugin.backbone import BackboneAdapter, Prediction, StudentInput, fused_pass
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems
-from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
-from passion_plugin.losses._labels import resize_labels
-from passion_plugin.losses._prototype_op import similarity_maps
-from passion_plugin.training import LossTerms, PassionRule
-from passion_plugin.training._frequencies import ModalityFrequencies
-from passion_plugin.training._objective import UnimodalLoss
-from passion_plugin.training._step import TrainingStep
+from passion_plugin.losses import resize_labels
+from passion_plugin.training import LossTerms, ModalityFrequencies, PassionRule, TrainingStep, UnimodalLoss
 
 __all__ = ["IDEAS", "PassionVariation"]
 
@@ -60,7 +52,7 @@ class PassionVariation(PassionRule):
     The preference, its distances and beta are those of the library. Exchanged divergences leave coarse outputs out.
 
     Args:
-        unimodal_loss: see :class:`~passion_plugin.strategies.PassionRule`.
+        unimodal_loss: see :class:`~passion_plugin.training.PassionRule`.
         pixel: how divergences of voxels become one number; ``"mean"`` is that of the library.
         gate_by: what the prototype distillation is switched for; ``"modality"`` is that of the library.
         lone: whether samples of one modality have the uni-modal segmentation loss.
@@ -114,15 +106,16 @@ class PassionVariation(PassionRule):
                 problems.append(f"{name} is about students of one modality: leave it or subset_students out")
             needed = {"rarity_cap": "rarity_weights", "gate_by": "gate"}.get(name)
             if needed and not getattr(config, needed):
-                problems.append(f"{name}={value!r} changes nothing beside {needed}=False: leave one of them out")
+                problems.append(f"{name}={value!r} changes nothing with {needed}=False: leave one of them out")
         raise_problems(problems, what=type(self).__name__)
 
-    def prepare(self, modalities: Sequence[str], config: PassionConfig, rarity: ModalityFrequencies) -> None:
+    def prepare(self, modalities: Sequence[str], config: PassionConfig, frequencies: ModalityFrequencies) -> None:
         """Get ready for one model, with no rarity weight above the cap."""
         self.check_config(config)
         if self.rarity_cap is not None:
-            rarity = replace(rarity, weights=tuple(min(weight, self.rarity_cap) for weight in rarity.weights))
-        super().prepare(modalities, config, rarity)
+            weights = tuple(min(weight, self.rarity_cap) for weight in frequencies.weights)
+            frequencies = replace(frequencies, weights=weights)
+        super().prepare(modalities, config, frequencies)
 
     def check(self, adapter: BackboneAdapter) -> None:
         """Check that the backbone has classes that exclude each other."""
@@ -156,14 +149,15 @@ class PassionVariation(PassionRule):
         return terms
 
     def settings(self) -> dict[str, Any]:
-        """Return the ideas beside the configuration; see :meth:`~passion_plugin.strategies.Strategy.settings`."""
+        """Return the ideas and the configuration; see :meth:`~passion_plugin.training.Strategy.settings`."""
         return {**super().settings(), **{name: getattr(self, name) for name in IDEAS}}
 
     def _pixel(self, step: TrainingStep, labels: Tensor) -> Tensor:
         """K (B, M)."""
         logits = step.teacher.logits
         labels = resize_labels(labels, tuple(logits.shape[2:]))
-        result = logits.new_zeros(step.presence.shape, dtype=wide_dtype(logits))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        result = logits.new_zeros(step.presence.shape, dtype=dtype)
         for student in step.students:
             rows = student.rows.to(logits.device)
             values = balanced_divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
@@ -174,15 +168,13 @@ class PassionVariation(PassionRule):
         """P (B, M), gated."""
         features, classes = step.teacher.features, step.teacher.logits.shape[1]
         labels = resize_labels(labels, tuple(features.shape[2:]))
-        masks = class_masks(labels, classes, features.ndim)
-        dtype = wide_dtype(features)
-        with outside_autocast(features):
-            maps = similarity_maps(features.to(dtype), masks)
-            gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
-            for student in step.students:
-                rows = student.rows.to(features.device)
-                gap = similarity_maps(student.prediction.features.to(dtype), masks[rows]) - maps[rows]
-                gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
+        masks = class_masks(labels, classes)
+        maps = similarity_maps(features, masks)
+        gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
+        for student in step.students:
+            rows = student.rows.to(features.device)
+            gap = similarity_maps(student.prediction.features, masks[rows]) - maps[rows]
+            gaps = gaps.index_put((rows, rows.new_tensor(self.modalities.index(student.modality))), gap)
         return gated_gaps(gaps, step.active.to(gaps.device), masks.any(-1), by_class=self.gate_by == "class")
 
     @torch.no_grad()

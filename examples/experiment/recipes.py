@@ -2,10 +2,10 @@
 
     rule[@drawing[+slow]][:name=value,...]   passion   passion@even+slow   plain@drop   passion:temperature=2,eta=0.02
 
-Rules are those of :mod:`passion_plugin.strategies`. Drawings: ``all`` shows what a patient has, ``drop`` a random
+Rules are those of :mod:`passion_plugin.baselines`. Drawings: ``all`` shows what a patient has, ``drop`` a random
 part of it, ``even`` every combination of modalities equally often. ``drop`` and ``even`` alone stand for
 ``plain@drop`` and ``plain@even``. ``+slow`` averages the weights over bursts of as many steps as there are
-combinations (:class:`~passion_plugin.strategies.SlowWeights`). ``own_loss=True`` beside PASSION trains its students
+combinations (:class:`~passion_plugin.baselines.SlowWeights`). ``own_loss=True`` trains the students of PASSION
 with the loss of the whole network, in place of weighted cross-entropy and Dice; ``pixel=balanced`` and the like are
 the ideas of :mod:`examples.experiment.ideas`.
 """
@@ -24,12 +24,11 @@ from torch.nn.functional import cross_entropy
 from examples.experiment.ideas import IDEAS, PassionVariation
 from examples.experiment.views import DRAWINGS
 from passion_plugin.backbone import BackboneSpec
-from passion_plugin.baselines import named_strategy, passion_variant, strategy_names
+from passion_plugin.baselines import named_strategy, strategy_names
 from passion_plugin.config import PassionConfig
 from passion_plugin.data import PresenceTable
 from passion_plugin.errors import ConfigError, raise_problems, suggest
-from passion_plugin.training import PassionRule
-from passion_plugin.training._objective import UnimodalLoss
+from passion_plugin.training import PassionRule, UnimodalLoss
 from passion_plugin.wrapper import PassionWrapper
 
 __all__ = ["ALIASES", "Recipe", "parse_recipe"]
@@ -115,25 +114,25 @@ def parse_recipe(name: str) -> Recipe:
 
 def _defaults(rule: str) -> dict[str, Any]:
     """Hyper-parameters that a rule takes, with their defaults."""
-    made = named_strategy(rule)
-    if isinstance(made, PassionConfig):
-        return {**made.as_dict(), _OWN_LOSS: False, **IDEAS}
+    strategy, config = named_strategy(rule)
+    if isinstance(strategy, PassionRule):
+        return {**config.as_dict(), _OWN_LOSS: False, **IDEAS}
     # object.__init__ takes *args and **kwargs: a rule without hyper-parameters.
-    found = inspect.signature(type(made)).parameters.values()
+    found = inspect.signature(type(strategy)).parameters.values()
     return {each.name: each.default for each in found if each.default is not each.empty}
 
 
 def _make(rule: str, overrides: dict[str, Any], loss: UnimodalLoss) -> dict[str, Any]:
-    """What a wrapper is given: a rule with some hyper-parameters changed, and beside PASSION its configuration."""
-    made = named_strategy(rule)
-    if not isinstance(made, PassionConfig):
-        return {"strategy": type(made)(**overrides)}
+    """What a wrapper is given: a rule with some hyper-parameters changed, and for PASSION its configuration too."""
+    strategy, _ = named_strategy(rule)
+    if not isinstance(strategy, PassionRule):
+        return {"strategy": type(strategy)(**overrides)}
     own = overrides.get(_OWN_LOSS, False)
     if not isinstance(own, bool):
         raise ConfigError(f"{_OWN_LOSS} is True or False, got {own!r}")
     ideas = {key: value for key, value in overrides.items() if key in IDEAS}
     configured = {key: value for key, value in overrides.items() if key not in (_OWN_LOSS, *IDEAS)}
-    config = passion_variant(rule, PassionConfig(**configured))
+    _, config = named_strategy(rule, PassionConfig(**configured))
     if own and config.mode == "official":
         raise ConfigError(f"{_OWN_LOSS}=True goes with the default mode, not the official")
     students = loss if own else None

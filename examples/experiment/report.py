@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = report(stores, out, focus=options.focus, cohort_of=cohort_of)
     except ConfigError as error:
         parser.error(str(error))
-    print(f"{out / 'results.md'}: {written} tables and pictures; CSV files beside the results")
+    print(f"{out / 'results.md'}: {written} tables and pictures; CSV files in the folders of results")
     return written
 
 

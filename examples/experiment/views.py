@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,14 +134,14 @@ def predict_whole(size: Sequence[int], *, multiple: int = 8, slices: int = 32) -
     def predict(model: Any, x: Tensor, mask: Tensor) -> Tensor:
         flat = len(size) < x.ndim - 2
         count = x.shape[2] if flat else 1
-        views = x.transpose(1, 2).flatten(0, 1) if flat else x
-        masks = mask.repeat_interleave(count, dim=0)
+        views = rearrange(x, "b m z ... -> (b z) m ...") if flat else x
+        masks = repeat(mask, "b m -> (b z) m", z=count)
         shape = views.shape[2:]
         padded = centred(views, [max(s, -(-f // multiple) * multiple) for s, f in zip(size, shape, strict=True)])
         scores = torch.cat([model(*part) for part in zip(padded.split(slices), masks.split(slices), strict=True)])
         starts = [(full - part) // 2 for full, part in zip(scores.shape[2:], shape, strict=True)]
         scores = scores[(..., *(slice(a, a + part) for a, part in zip(starts, shape, strict=True)))]
-        return scores.unflatten(0, (-1, count)).transpose(1, 2) if flat else scores
+        return rearrange(scores, "(b z) k ... -> b k z ...", z=count) if flat else scores
 
     return predict
 

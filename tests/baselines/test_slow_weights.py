@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,16 +81,19 @@ def test_training_that_stops_in_a_burst_resumes_bit_for_bit(tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
 
 
-def test_wrong_numbers_and_states_are_listed_together() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)2 problems.*rate.*every"):
-        SlowWeights(nn.Linear(1, 1), rate=0, every=0)
-    state = SlowWeights(nn.Linear(2, 1, bias=False)).state_dict()
-    with pytest.raises(
-        ConfigError, match=r"(?s)slow\['weight'\] has shape \(1, 2\), need \(1, 1\).*weights lacking: 'bias'"
-    ):
-        SlowWeights(nn.Linear(1, 1)).load_state_dict(state)
-    with pytest.raises(ConfigError, match="lacking: 'rate', 'every', 'steps', 'slow'"):
-        SlowWeights(nn.Linear(1, 1)).load_state_dict({})
+@pytest.mark.parametrize("wrong", [{"rate": 0}, {"rate": 1.5}, {"every": 0}, {"every": 2.5}])
+def test_wrong_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
+        SlowWeights(nn.Linear(1, 1), **wrong)
+
+
+def test_states_of_others_are_refused() -> None:
     slow = SlowWeights(nn.Linear(1, 1), rate=0.25, every=3)
+    with pytest.raises(ConfigError, match=r"missing entries: \['rate', 'every', 'steps', 'slow'\]"):
+        slow.load_state_dict({})
+    with pytest.raises(ConfigError, match=r"slow\['weight'\] has shape \(1, 2\), need \(1, 1\)"):
+        slow.load_state_dict(SlowWeights(nn.Linear(2, 1)).state_dict())
+    with pytest.raises(ConfigError, match=r"weights \['weight'\], this model has \['bias', 'weight'\]"):
+        slow.load_state_dict(SlowWeights(nn.Linear(1, 1, bias=False)).state_dict())
     with pytest.raises(ConfigError, match=r"(?s)rate was 0.5 and is 0.25 now.*every was 15 and is 3 now"):
         slow.load_state_dict(SlowWeights(nn.Linear(1, 1)).state_dict())

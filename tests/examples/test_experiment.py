@@ -169,8 +169,8 @@ class TestRecipes:
             ("passion-official:own_loss=True", "own_loss=True goes with the default mode"),
             ("passion-official:pixel=balanced", "pixel='balanced' goes with the default mode"),
             ("passion:pixel=balanced,subset_students=True", "pixel is about students of one modality"),
-            ("passion:rarity_cap=2,rarity_weights=False", "changes nothing beside rarity_weights=False"),
-            ("passion-both:gate_by=class", "changes nothing beside gate=False"),
+            ("passion:rarity_cap=2,rarity_weights=False", "changes nothing with rarity_weights=False"),
+            ("passion-both:gate_by=class", "changes nothing with gate=False"),
             ("passion:pixel=blanced", "pixel must be one of"),
             ("passion:teacher_decay=1", r"teacher_decay must be in \[0, 1\)"),
         ],
@@ -252,7 +252,16 @@ class TestBatches:
         assert centred(torch.ones(5), (4,)).tolist() == [1] * 5
 
 
-COMMAND = ["--data", "tests.test_experiment:cohort", "--strategies", "plain", "passion", "--no-hd95", "--threads", "1"]
+COMMAND = [
+    "--data",
+    "tests.examples.test_experiment:cohort",
+    "--strategies",
+    "plain",
+    "passion",
+    "--no-hd95",
+    "--threads",
+    "1",
+]
 
 
 class TestRuns:
@@ -396,7 +405,7 @@ class TestCommandLine:
             (["--rates", ".9,.9,.9"], "at most 2"),
             (["--rates", "ct=.2,pet=.5,t=.8"], "'t1'"),
             (["--data", "nowhere"], "no folder with index.json"),
-            (["--data", "tests.test_experiment:cohrt"], "no attribute 'cohrt'"),
+            (["--data", "tests.examples.test_experiment:cohrt"], "no attribute 'cohrt'"),
             (["--held-out", "nowhere"], "--held-out 'nowhere' with --data"),
         ],
     )
@@ -426,7 +435,7 @@ class TestCommandLine:
     ) -> None:
         rates = {"ct": 0.2, "pet": 0.6}
         monkeypatch.setattr(
-            "tests.test_experiment.cohort",
+            "tests.examples.test_experiment.cohort",
             lambda fold=0: replace(cohort(fold), modalities=MODALITIES[:2], missing_rates=rates),
         )
         with pytest.raises(SystemExit):
@@ -442,7 +451,7 @@ class TestCommandLine:
         def changing(fold: int = 0) -> Cohort:
             return replace(cohort(fold), name=f"boxes, fold {fold}", primary=("rim",))
 
-        monkeypatch.setattr("tests.test_experiment.cohort", changing)
+        monkeypatch.setattr("tests.examples.test_experiment.cohort", changing)
         with pytest.raises(SystemExit):
             main([*COMMAND, "--results", str(tmp_path), "--folds", "0", "1"])
         message = capsys.readouterr().err
@@ -455,7 +464,7 @@ class TestCommandLine:
     ) -> None:
         command = [*COMMAND, "--results", str(tmp_path)]
         main(command)
-        monkeypatch.setattr("tests.test_experiment.cohort", lambda fold=0: cohort(fold + 1))
+        monkeypatch.setattr("tests.examples.test_experiment.cohort", lambda fold=0: cohort(fold + 1))
         for packed in (False, True):
             if packed:
                 Store(tmp_path).pack()

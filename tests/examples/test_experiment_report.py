@@ -472,7 +472,7 @@ class TestPage:
 
 
 def test_training_and_report_go_together_and_patients_are_drawn(tmp_path: Path) -> None:
-    data = ["--data", "tests.test_experiment:cohort"]
+    data = ["--data", "tests.examples.test_experiment:cohort"]
     main([*data, "--results", str(tmp_path / "boxes"), "--no-hd95", "--seeds", "0", "1"])
     main(["report", *data, "--results", str(tmp_path / "boxes"), "--out", str(tmp_path)])
     page = (tmp_path / "results.md").read_text()

@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_before_training(
 
 def test_a_function_that_returns_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--data", "tests.test_own_cohort:nothing"])
+        main(["--data", "tests.examples.test_own_cohort:nothing"])
     assert "returned NoneType; it must be an examples.data.Cohort" in capsys.readouterr().err
 
 
@@ -92,9 +92,9 @@ def test_mistakes_inside_the_function_keep_their_traceback(monkeypatch: pytest.M
     def mistaken(fold: int) -> None:
         raise AttributeError("a mistake in the function")
 
-    monkeypatch.setattr("tests.test_own_cohort.nothing", mistaken)
+    monkeypatch.setattr("tests.examples.test_own_cohort.nothing", mistaken)
     with pytest.raises(AttributeError, match="a mistake in the function"):
-        main(["--data", "tests.test_own_cohort:nothing"])
+        main(["--data", "tests.examples.test_own_cohort:nothing"])
 
 
 def test_fold_is_checked_without_the_runner(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from passion_plugin import attach
 from passion_plugin.backbone import BackboneSpec
-from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, SlowWeights, named_strategy, passion_variant
+from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, SlowWeights, named_strategy
 from passion_plugin.config import PassionConfig
 from passion_plugin.data import (
     EvenSubsets,
@@ -77,7 +77,6 @@ ENTRANCES: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
     "RedCore": (RedCore, ("weight", "eta", "eta_growth", "eta_every", "beta_min", "beta_max"), {}),
     "SlowWeights": (slow_weights, ("rate", "every"), {}),
     "named_strategy": (named_strategy, ("name",), {"name": "agm"}),
-    "passion_variant": (passion_variant, ("name",), {"name": "passion"}),
     "PresenceTable": (
         PresenceTable,
         ("sample_ids", "modalities", "presence", "nominal_rates", "seed"),

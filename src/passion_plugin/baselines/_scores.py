@@ -1,10 +1,11 @@
-"""How well a prediction does, per sample; and how well a modality does beside the others."""
+"""How well a prediction does, per sample; and how well a modality does compared with the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,25 +14,31 @@ from passion_plugin.losses import resize_labels
 from passion_plugin.training import TrainingStep
 
 __all__ = [
-    "by_modality",
     "comparable",
     "compared",
     "prediction_entropy",
     "ratio_to_others",
+    "student_scores",
     "true_class_loss",
     "true_class_probability",
+    "widened",
 ]
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 at least: sums over a volume overflow in float16 and lose digits in bfloat16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def true_class_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> Tensor:
-    r"""Return the mean probability of the true class, every class of the sample weighing the same.
+    r"""Return the mean probability of the true class; every class of the sample weighs the same.
 
     .. math::
         s_b = \frac{1}{|C_b|} \sum_{k \in C_b} \frac{1}{n_{bk}} \sum_{v:\, y_{bv} = k} p_{bkv}
 
-    with :math:`C_b` the classes in the labels of the sample. A plain mean over voxels would say how well the
-    background is known, which fills nearly all of a medical image. For regions each region counts as two classes,
-    inside and outside.
+    with :math:`C_b` the classes in the labels of the sample. A plain mean over voxels would say how well the network
+    knows the background, which fills nearly all of a medical image. Each region counts as two classes, inside and
+    outside.
 
     Args:
         logits: (B, K, *spatial).
@@ -59,12 +66,13 @@ def true_class_loss(logits: Tensor, labels: Tensor, outputs: Outputs) -> Tensor:
 def prediction_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean entropy of a softmax, (B,), as :func:`true_class_probability` averages over voxels."""
     labels = resize_labels(labels, tuple(logits.shape[2:]))
-    log = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-    return _class_mean(-(log.exp() * log).sum(1).flatten(1), labels.flatten(1), logits.shape[1])
+    log = widened(logits).log_softmax(1)
+    entropy = reduce(-log.exp() * log, "b k ... -> b (...)", "sum")
+    return _class_mean(entropy, rearrange(labels, "b ... -> b (...)"), logits.shape[1])
 
 
-def by_modality(step: TrainingStep, labels: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Score the students that saw one modality each.
+def student_scores(step: TrainingStep, labels: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Score the students, which saw one modality each.
 
     Args:
         step: with such students.
@@ -72,28 +80,26 @@ def by_modality(step: TrainingStep, labels: Tensor, score: Callable[[Tensor, Ten
         score: from logits (n, K, *spatial) and labels of n samples to (n,).
 
     Returns:
-        (B, M), zero where there is no student.
+        (B, M), at least float32, zero where there is no student.
     """
-    matrix: Tensor | None = None
+    scores = widened(step.teacher.logits).new_zeros(step.presence.shape)
     for student in step.students:
         rows = student.rows.to(labels.device)
-        values = score(student.prediction.logits, labels.index_select(0, rows))
-        if matrix is None:
-            matrix = values.new_zeros(step.presence.shape)
         column = torch.full_like(rows, step.adapter.modalities.index(student.modality))
-        matrix = matrix.index_put((rows, column), values)
-    return step.teacher.logits.new_zeros(step.presence.shape) if matrix is None else matrix
+        values = score(student.prediction.logits, labels[rows])
+        scores = scores.to(values).index_put((rows, column), values)
+    return scores
 
 
 def compared(step: TrainingStep) -> list[tuple[int, str]]:
-    """Return column and name of the modalities that some sample of the batch has beside another one."""
+    """Return column and name of the modalities that some sample of the batch has together with another one."""
     return [(column, name) for column, name in enumerate(step.adapter.modalities) if step.active[:, column].any()]
 
 
 def comparable(scores: Tensor, active: Tensor) -> Tensor:
     """Return where a score is finite and another one of the same sample is too.
 
-    An overflow says nothing about a modality, and must not say it for the others of the batch, nor for later batches.
+    A score that overflowed says nothing about its modality, and must not change what is said about the others.
 
     Args:
         scores: (B, M).
@@ -141,17 +147,18 @@ def ratio_to_others(scores: Tensor, active: Tensor) -> Tensor:
 def _true_log_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> tuple[Tensor, Tensor, int]:
     """Return log-probabilities (B, V) of what is true, which class that is, (B, V), and the number of classes."""
     labels = resize_labels(labels, tuple(logits.shape[2:])).long()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    number = logits.shape[1]
+    logits, number = widened(logits), logits.shape[1]
     if outputs == "softmax":
-        values = logits.log_softmax(1).gather(1, labels.unsqueeze(1))
-        return values.flatten(1), labels.flatten(1), number
-    values = F.logsigmoid(torch.where(labels > 0, logits, -logits))
-    region = torch.arange(number, device=labels.device).view(-1, *[1] * (labels.ndim - 2))
-    return values.flatten(1), (2 * region + labels).flatten(1), 2 * number
+        values = logits.log_softmax(1).gather(1, rearrange(labels, "b ... -> b 1 ..."))
+    else:
+        values = F.logsigmoid(torch.where(labels > 0, logits, -logits))
+        inside = rearrange(labels, "b k ... -> b k (...)")
+        labels, number = inside + 2 * torch.arange(number, device=labels.device)[:, None], 2 * number
+    return rearrange(values, "b ... -> b (...)"), rearrange(labels, "b ... -> b (...)"), number
 
 
 def _class_mean(values: Tensor, classes: Tensor, number: int) -> Tensor:
+    """Return the mean over classes 0..number-1 of the mean over the voxels of each, (B,)."""
     # Not scatter_add: adding millions of voxels one by one loses digits of float32, sums over a mask do not.
     members = [classes == k for k in range(number)]
     sums = torch.stack([torch.where(member, values, 0).sum(1) for member in members], dim=1)

@@ -1,4 +1,4 @@
-"""Slow weights that follow the trained ones at a distance (Reptile), the averaging of the authors' follow-up HGA."""
+"""Average weights over bursts of steps (Reptile), as the follow-up of PASSION's authors, HGA, does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from passion_plugin._validate import is_int, is_number
-from passion_plugin.errors import raise_problems
+from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.training import cpu_copies, state_problems
 
 __all__ = ["SlowWeights"]
@@ -22,10 +22,9 @@ class SlowWeights:
 
     .. math:: \varphi \leftarrow \varphi + r\,(\theta - \varphi), \qquad \theta \leftarrow \varphi .
 
-    When each step trains on another combination of modalities (:class:`~passion_plugin.missing.EvenSubsets`), a burst
-    over all of them ends in weights that no single combination has pulled away. Buffers and frozen parameters are
-    left alone, and so is the state of the optimizer. Make it when the model has the weights to start from:
-    :math:`\varphi` begins as a copy of them.
+    When each step trains on another combination of modalities (:class:`~passion_plugin.data.EvenSubsets`), a burst
+    over all of them ends in weights that no single combination has pulled away. Buffers, frozen parameters and the
+    state of the optimizer stay as they are. :math:`\varphi` starts as a copy of the weights that the model has now.
 
     Args:
         model: whose trainable parameters are averaged, in place.
@@ -33,7 +32,7 @@ class SlowWeights:
         every: steps in a burst.
 
     Raises:
-        ConfigError: listing every number that makes no sense.
+        ConfigError: a number that makes no sense.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -48,12 +47,10 @@ class SlowWeights:
     """
 
     def __init__(self, model: nn.Module, *, rate: float = 0.5, every: int = 15) -> None:
-        problems = []
         if not is_number(rate, above=0, most=1):
-            problems.append(f"rate must be in (0, 1], got {rate!r}")
+            raise ConfigError(f"SlowWeights: rate must be in (0, 1], got {rate!r}")
         if not is_int(every, least=1):
-            problems.append(f"every must be an integer, 1 or more, got {every!r}")
-        raise_problems(problems, what="SlowWeights")
+            raise ConfigError(f"SlowWeights: every must be an integer, 1 or more, got {every!r}")
         self.rate, self.every, self.steps = float(rate), int(every), 0
         self._fast = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._slow = {name: p.detach().clone() for name, p in self._fast.items()}
@@ -84,13 +81,14 @@ class SlowWeights:
         Raises:
             ConfigError: it is no such state, or one of another model or with other numbers; nothing has been changed.
         """
-        ours = self.state_dict()
-        problems = state_problems(ours, state)
-        if not problems and state["slow"].keys() != ours["slow"].keys():
-            problems = ["its weights have other names than those of this model"]
+        problems = state_problems(self.state_dict(), state)
+        if not problems and state["slow"].keys() != self._slow.keys():
+            problems = [f"it has the weights {sorted(state['slow'])}, this model has {sorted(self._slow)}"]
         if not problems:
-            changed = [name for name in ("rate", "every") if state[name] != ours[name]]
-            problems = [f"{name} was {state[name]!r} and is {ours[name]!r} now" for name in changed]
+            options = {"rate": self.rate, "every": self.every}
+            problems = [
+                f"{key} was {state[key]!r} and is {now!r} now" for key, now in options.items() if state[key] != now
+            ]
         raise_problems(problems, what="state of SlowWeights")
         self.steps = state["steps"]
         self._slow = {name: state["slow"][name].to(fast, copy=True) for name, fast in self._fast.items()}

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, MeanNet, batch, spec_of
-from passion_plugin.backbone._prediction import Prediction
-from passion_plugin.backbone._students import Student, active_students
+from passion_plugin.backbone import Prediction, Student, active_students
 from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore
-from passion_plugin.baselines._agm import mono_modal_responses
+from passion_plugin.baselines._gradient_modulation import shapley_values
 from passion_plugin.baselines._scores import (
     prediction_entropy,
     ratio_to_others,
@@ -25,8 +24,7 @@ from passion_plugin.baselines._scores import (
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.losses import segmentation_loss
-from passion_plugin.training import Plain, Strategy
-from passion_plugin.training._frequencies import ModalityFrequencies
+from passion_plugin.training import ModalityFrequencies, Strategy
 from passion_plugin.wrapper import PassionWrapper
 
 AB, ABC = ("a", "b"), ("a", "b", "c")
@@ -170,7 +168,7 @@ class TestAGM:
             }.items()
         }
         step = step_of(ABC, [[1, 1, 1]], z, full=torch.full((1, 2, 1), 12.0, dtype=torch.float64))
-        found = [response.flatten()[0].item() for response in mono_modal_responses(step)]
+        found = shapley_values(step)[0, :, 0, 0].tolist()
         a = 1.0 / 3 + ((5.0 - 2) + (6.0 - 4)) / 6 + (12.0 - 9) / 3
         b = 2.0 / 3 + ((5.0 - 1) + (9.0 - 4)) / 6 + (12.0 - 6) / 3
         c = 4.0 / 3 + ((6.0 - 1) + (9.0 - 2)) / 6 + (12.0 - 5) / 3
@@ -188,7 +186,7 @@ class TestAGM:
             for student_input in strategy.student_inputs(presence)
         }
         full = torch.randn(4, 2, 4, generator=generator, dtype=torch.float64)
-        responses = torch.stack(mono_modal_responses(step_of(names, presence.int().tolist(), students, full)), dim=1)
+        responses = shapley_values(step_of(names, presence.int().tolist(), students, full))
         torch.testing.assert_close(responses.sum(1), full)
         assert not responses[~presence].any()
 
@@ -335,7 +333,7 @@ class TestPMR:
     def test_regions_are_refused(self) -> None:
         net = MeanNet(NAMES[:2])
         model = PassionWrapper(
-            net, NAMES[:2], missing_rates=(0.1, 0.1), spec=spec_of(net, outputs="sigmoid"), strategy="pmr"
+            net, NAMES[:2], missing_rates=(0.1, 0.1), spec=spec_of(net, outputs="sigmoid"), strategy=PMR()
         )
         x, mask, _ = batch([[1, 1]])
         with pytest.raises(ConfigError, match="exclusive classes"):
@@ -404,22 +402,3 @@ class TestRedCore:
             RedCore(0)
         with pytest.raises(ConfigError, match="eta"):
             RedCore(eta=-1)
-
-
-def test_plain_asks_for_nothing_and_adds_nothing() -> None:
-    strategy = ready(Plain(), AB)
-    step = step_of(AB, [[1, 1]], {})
-    assert strategy.student_inputs(step.presence) == []
-    assert strategy.loss(step, torch.tensor([[1, 0, 1, 0]])) is None
-    assert strategy.factors(step, torch.tensor([[1, 0, 1, 0]])) == {}
-
-
-def test_the_report_of_an_epoch_holds_mean_factors() -> None:
-    strategy = ready(Plain(), ABC)
-    for values in ({"a": 0.5, "b": 1.0}, {"a": 1.0}):
-        strategy.record({name: torch.tensor(value) for name, value in values.items()})
-    report = strategy.end_epoch()
-    assert report.beta.tolist() == [0.75, 1.0, 1.0]
-    assert report.counts.tolist() == [2, 1, 0]
-    assert (report.epoch, strategy.end_epoch().epoch) == (0, 1)
-    assert strategy.end_epoch().empty

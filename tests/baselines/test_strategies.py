@@ -1,4 +1,4 @@
-"""Strategies in the engine: which gradients they change, for how long, what they run, and what they keep."""
+"""The baselines in the engine: which gradients they change, what they run, what they keep, and their names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
+from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, options_of, set_beta, spec_of
 from passion_plugin import attach, get_passion_state_dict, set_passion_state_dict
-from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, named_strategy, passion_variant, strategy_names
+from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, named_strategy, strategy_names
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, InputError, UsageError
 from passion_plugin.losses import segmentation_loss
-from passion_plugin.training import PassionRule, Plain, Strategy
+from passion_plugin.training import PassionRule, Plain
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
@@ -27,9 +27,14 @@ MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
 RULES = ["plain", "ogm-ge", "agm", "pmr", "redcore"]
 
 
-def wrap(net: Any, strategy: Any = None, *, names: tuple[str, ...] = M, **options: Any) -> PassionWrapper:
+def wrap(
+    net: Any, rule: Any = None, *, names: tuple[str, ...] = M, config: PassionConfig | None = None, **options: Any
+) -> PassionWrapper:
+    """Wrap with a rule by its name or as an object; None is PASSION."""
+    named = rule is None or isinstance(rule, str)
+    options |= options_of(rule, config) if named else {"strategy": rule, "config": config}
     options.setdefault("spec", spec_of(net))
-    return PassionWrapper(net, names, missing_rates=[0.5] * len(names), strategy=strategy, **options)
+    return PassionWrapper(net, names, missing_rates=[0.5] * len(names), **options)
 
 
 def run(model: PassionWrapper, presence: list[list[int]], seed: int = 0, *, own: bool = True) -> dict[str, Tensor]:
@@ -141,10 +146,9 @@ class TestGradients:
     def test_redcore_is_the_weighted_sum_of_true_uni_modal_runs(self) -> None:
         net = MeanNet(M).double()
         model = wrap(net, RedCore(weight=0.7))
-        state = get_passion_state_dict(model)
         beta = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
-        state["strategy_state"]["estimator"]["beta"] = beta
-        set_passion_state_dict(model, state)
+        state = model.passion.strategy.state_dict()
+        model.passion.strategy.load_state_dict({**state, "estimator": {**state["estimator"], "beta": beta}})
         found = run(model, MIXED, own=False)
         bare = copy.deepcopy(net)
         x, _, y = batch(MIXED, dtype=torch.float64)
@@ -179,64 +183,6 @@ class TestGradients:
             (F.cross_entropy(prediction, y) + model.passion_loss(y)).backward()
         for key, gradient in copies_gradients(net).items():
             torch.testing.assert_close(gradient, sum(part[key] for part in single), rtol=1e-12, atol=1e-15)
-
-
-class TestLifeOfHooks:
-    def hooks(self, net: MeanNet) -> int:
-        return sum(len(p._backward_hooks or {}) for p in net.parameters())
-
-    def prepared(self) -> tuple[MeanNet, PassionWrapper]:
-        net = MeanNet(M).double()
-        model = wrap(net, OGMGE(0.8, noise=False))
-        run(model, MIXED)
-        assert self.hooks(net) == 6
-        return net, model
-
-    def test_they_are_renewed_and_not_added(self) -> None:
-        net, model = self.prepared()
-        run(model, MIXED)
-        assert self.hooks(net) == 6
-
-    def test_the_next_forward_lets_go_of_them(self) -> None:
-        net, model = self.prepared()
-        x, mask, y = batch(MIXED, seed=1, dtype=torch.float64)
-        F.cross_entropy(model(x, mask), y).backward()  # passion_loss is forgotten: no factor of another step acts.
-        wanted = without_rule(net, MIXED, 1)
-        assert all(torch.equal(gradient, wanted[key]) for key, gradient in copies_gradients(net).items())
-
-    @pytest.mark.parametrize("how", ["unwrap", "disabled", "eval"])
-    def test_nothing_is_left_outside_of_training(self, how: str) -> None:
-        net, model = self.prepared()
-        x, mask, _ = batch(MIXED, dtype=torch.float64)
-        if how == "unwrap":
-            model.unwrap()
-        elif how == "disabled":
-            with model.passion.disabled():
-                assert self.hooks(net) == 0
-        else:
-            model.eval()(x, mask)
-        assert self.hooks(net) == 0
-
-    def test_a_copy_acts_for_itself(self) -> None:
-        net, model = self.prepared()
-        other = copy.deepcopy(model)
-        found = run(other, MIXED, 2)
-        assert all(p.grad is None for p in net.parameters())
-        wanted = run(model, MIXED, 2)
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-
-    @pytest.mark.parametrize("rule", RULES)
-    def test_a_model_can_be_pickled(self, rule: str) -> None:
-        model = wrap(MeanNet(M), rule)
-        run(model, MIXED)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            other = pickle.loads(pickle.dumps(model))
-        torch.manual_seed(0)
-        found = run(other, MIXED, 1)
-        torch.manual_seed(0)
-        wanted = run(model, MIXED, 1)
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 class TestPasses:
@@ -378,98 +324,35 @@ class TestState:
     def test_a_state_is_a_copy(self) -> None:
         model = wrap(MeanNet(M), "pmr")
         run(model, MIXED)
-        state = get_passion_state_dict(model)
-        before = state["strategy_state"]["_prototypes"]["t1"].clone()
+        state = model.passion.strategy.state_dict()
+        before = state["_prototypes"]["t1"].clone()
         run(model, MIXED, 1)
-        assert torch.equal(state["strategy_state"]["_prototypes"]["t1"], before)
-        set_passion_state_dict(model, state)
+        assert torch.equal(state["_prototypes"]["t1"], before)
+        model.passion.strategy.load_state_dict(state)
         run(model, MIXED, 2)
-        assert torch.equal(state["strategy_state"]["_prototypes"]["t1"], before)
+        assert torch.equal(state["_prototypes"]["t1"], before)
 
-    def test_states_of_other_strategies_are_refused(self) -> None:
-        states = {rule: wrap(MeanNet(M), rule).addon_state_dict() for rule in (None, "plain", "agm")}
-        assert "strategy" not in states[None]
-        for rule, other in ((None, "plain"), ("plain", None), ("agm", "plain")):
-            message = f"saved with strategy '{other or 'passion'}', this model has '{rule or 'passion'}'"
-            with pytest.raises(ConfigError, match=message):
-                wrap(MeanNet(M), rule).load_addon_state_dict(states[other])
-        del states["agm"]["strategy_state"]["_mean"]
-        with pytest.raises(ConfigError, match="lacking: '_mean'"):
-            wrap(MeanNet(M), "agm").load_addon_state_dict(states["agm"])
-
-    def test_states_hold_nothing_of_another_rule(self) -> None:
-        common = {"format", "modalities", "settings", "heads"}
-        assert set(wrap(MeanNet(M)).addon_state_dict()) == common | {"preference"}
-        assert set(wrap(MeanNet(M), "agm").addon_state_dict()) == common | {"strategy", "strategy_state"}
-
-    def test_states_of_former_versions_load(self) -> None:
-        beta = torch.tensor([0.5, 1.0, 1.25], dtype=torch.float64)
-        preference = {
-            "version": 1,
-            "modalities": list(M),
-            "epoch": 3,
-            "eta_growths": 1,
-            "samples_seen": 0,
-            "beta": beta,
-            "sums": torch.zeros(3, dtype=torch.float64),
-            "counts": torch.zeros(3, dtype=torch.float64),
-        }
-        state: dict[str, Any] = {"format": 1, "modalities": list(M), "preference": preference, "heads": {}}
-        model = wrap(MeanNet(M))
-        set_passion_state_dict(model, state)
-        assert torch.equal(model.passion.preference.beta, beta)
-        assert model.passion.strategy.epoch == 3
-        # Other rules once saved a preference that they did not use.
-        kept = {"epoch": 2, "_sums": torch.zeros(3), "_counts": torch.zeros(3)}
-        other = wrap(MeanNet(M), "plain")
-        set_passion_state_dict(other, {**state, "strategy": "plain", "strategy_state": kept})
-        assert other.end_epoch().epoch == 2
-
-    @pytest.mark.parametrize(("rule", "lost"), [(None, "preference"), ("plain", "strategy_state")])
-    def test_a_state_that_lost_the_part_of_the_rule_is_refused(self, rule: Any, lost: str) -> None:
+    @pytest.mark.parametrize("rule", RULES)
+    def test_a_model_can_be_pickled(self, rule: str) -> None:
         model = wrap(MeanNet(M), rule)
-        state = get_passion_state_dict(model)
-        del state[lost]
-        with pytest.raises(ConfigError, match=f"entries lacking: '{lost}'"):
-            set_passion_state_dict(model, state)
-
-    @pytest.mark.parametrize("kind", [AGM, PassionRule])
-    def test_an_object_serves_one_model(self, kind: type[Strategy]) -> None:
-        rule = kind()
-        wrap(MeanNet(M), rule)
-        with pytest.raises(UsageError, match=f"{kind.__name__} belongs to another model"):
-            wrap(MeanNet(M), rule)
-
-    def test_an_object_that_was_refused_may_serve_the_next_model(self) -> None:
-        rule = OGMGE()
-        x, mask, _ = batch([[1, 1, 1]])
-        with pytest.raises(ConfigError, match=r"BackboneSpec\.encoders"):
-            wrap(
-                MeanNet(M),
-                rule,
-                spec=spec_of(MeanNet(M), encoders={}, students="rerun"),
-                example_input=x,
-                example_mask=mask,
-            )
-        wrap(MeanNet(M), rule)
-        with pytest.raises(UsageError, match="belongs to another model"):
-            wrap(MeanNet(M), rule)
+        run(model, MIXED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other = pickle.loads(pickle.dumps(model))
+        torch.manual_seed(0)
+        found = run(other, MIXED, 1)
+        torch.manual_seed(0)
+        wanted = run(model, MIXED, 1)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
     @pytest.mark.parametrize("rule", RULES)
     def test_other_rules_keep_no_preference(self, rule: str) -> None:
         model = wrap(MeanNet(M), rule)
         assert model.passion.preference is None
-        assert model.passion.preference is None
-        assert not [key for key in model.state_dict() if key.startswith("preference")]
-
-    def test_there_are_no_terms_of_passion(self) -> None:
-        model = wrap(MeanNet(M), "plain")
-        run(model, MIXED)
-        with pytest.raises(UsageError, match="'plain' has no terms of PASSION"):
-            model.passion.loss_terms()
+        assert not [key for key in model.state_dict() if "preference" in key]
 
 
-class TestChoice:
+class TestNames:
     @pytest.mark.parametrize("name", strategy_names())
     def test_every_name_trains(self, name: str) -> None:
         model = wrap(MeanNet(M), name)
@@ -481,12 +364,6 @@ class TestChoice:
         net = MeanNet(M)
         wanted, *found = [run(wrap(copy.deepcopy(net), rule), MIXED) for rule in (None, "passion", PassionRule())]
         assert all(torch.equal(gradients[key], wanted[key]) for gradients in found for key in wanted)
-
-    def test_passion_as_an_object_takes_the_whole_configuration(self) -> None:
-        net = MeanNet(M)
-        config = PassionConfig.official(temperature=2.0, eta=0.5)
-        wanted, found = [run(wrap(copy.deepcopy(net), rule, config=config), MIXED) for rule in (None, PassionRule())]
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
     @pytest.mark.parametrize(
         ("variant", "parts"),
@@ -503,9 +380,7 @@ class TestChoice:
         net = MeanNet(M).double()
         beta = torch.tensor([0.5, 1.25, 1.5], dtype=torch.float64)
         model = wrap(net, variant)
-        state = get_passion_state_dict(model)
-        state["preference"]["beta"] = beta
-        set_passion_state_dict(model, state)
+        set_beta(model, beta)
         x, mask, y = batch(MIXED, dtype=torch.float64)
         model(x, mask)
         found = torch.autograd.grad(model.passion_loss(y), net.classifier.weight)[0]
@@ -522,50 +397,23 @@ class TestChoice:
             "gated": 0.1 * terms.prototype * terms.gate,
         }
         total = terms.unimodal + sum(weights[part] for part in parts)
-        wanted = torch.autograd.grad((2 * total).sum() / 3, net.classifier.weight)[
-            0
-        ]  # ModalityFrequencies is 1 / (1 - 0.5).
+        # The rarity weight is 1 / (1 - 0.5).
+        wanted = torch.autograd.grad((2 * total).sum() / 3, net.classifier.weight)[0]
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
 
     def test_official_is_the_configuration_of_that_name(self) -> None:
-        assert named_strategy("passion-official") == PassionConfig.official()
+        strategy, config = named_strategy("passion-official")
+        assert isinstance(strategy, PassionRule)
+        assert config == PassionConfig.official()
 
-    def test_the_gate_of_official_mode_opens_for_segmentation_too(self) -> None:
-        net = MeanNet(M).double()
-        weights: dict[str, Any] = {"pixel_weight": 0.0, "prototype_weight": 0.0, "modulation": "none"}
-        found = {}
-        for gate in (True, False):
-            config = PassionConfig.official(gate=gate, **weights)
-            found[gate] = run(wrap(copy.deepcopy(net), config=config), [[1, 1, 1]], own=False)
-        keys = [key for key in found[True] if key.endswith("0.weight") and owner_of(key)]
-        assert [bool(found[False][key].any()) for key in keys] == [True] * 3
-        assert not all(found[True][key].any() for key in keys)
+    @pytest.mark.parametrize(("name", "meant"), [("ogm_ge", "ogm-ge"), ("passion-pixels", "passion-pixel")])
+    def test_unknown_names_get_close_matches(self, name: str, meant: str) -> None:
+        with pytest.raises(ConfigError, match=rf"unknown strategy '{name}'. Did you mean '{meant}'"):
+            named_strategy(name)
 
-    @pytest.mark.parametrize("name", ["gate", "rarity_weights"])
-    def test_a_switch_is_on_or_off(self, name: str) -> None:
-        with pytest.raises(ConfigError, match=f"{name} must be True or False, got 'off'"):
-            PassionConfig(**{name: "off"})  # type: ignore[arg-type]
-
-    def test_unknown_names_get_close_matches(self) -> None:
-        with pytest.raises(ConfigError, match=r"unknown strategy 'ogm_ge'. Did you mean 'ogm-ge'"):
-            wrap(MeanNet(M), "ogm_ge")
-        with pytest.raises(ConfigError, match=r"unknown variant 'passion-pixels'. Did you mean 'passion-pixel'"):
-            passion_variant("passion-pixels")
-
-    @pytest.mark.parametrize(("name", "tool"), [("drop", "drop_modalities"), ("even", "EvenSubsets")])
-    def test_rules_of_the_data_say_where_they_are(self, name: str, tool: str) -> None:
-        with pytest.raises(ConfigError, match=rf"(?s)about the data.*{tool}"):
-            wrap(MeanNet(M), name)
-
-    @pytest.mark.parametrize("wrong", [OGMGE, 3, {"name": "plain"}])
-    def test_something_else_is_refused(self, wrong: Any) -> None:
-        with pytest.raises(ConfigError, match="strategy must be a name or a Strategy"):
-            wrap(MeanNet(M), wrong)
-
-    def test_a_configuration_that_would_be_ignored_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"(?s)strategy 'plain': 2 problems.*temperature=2.0.*eta=0.5"):
-            wrap(MeanNet(M), "plain", config=PassionConfig(temperature=2.0, eta=0.5))
-        wrap(MeanNet(M), "plain", config=PassionConfig(memory="low", share_random_state=True, backend="eager"))
+    def test_a_name_gives_a_new_object_each_time(self) -> None:
+        assert isinstance(named_strategy("plain")[0], Plain)
+        assert named_strategy("agm")[0] is not named_strategy("agm")[0]
 
     def test_a_variant_keeps_what_it_does_not_decide_and_refuses_what_it_does(self) -> None:
         config = PassionConfig(temperature=2.0, prototype_weight=0.0)
@@ -573,6 +421,8 @@ class TestChoice:
         with pytest.raises(ConfigError, match=r"prototype_weight=0.3, strategy 'passion-pixel' sets"):
             wrap(MeanNet(M), "passion-pixel", config=PassionConfig(prototype_weight=0.3))
 
+
+class TestBackbones:
     @pytest.mark.parametrize("rule", ["ogm-ge", "agm"])
     def test_encoders_that_share_parameters_are_refused(self, rule: str) -> None:
         net = MeanNet(M)
@@ -602,54 +452,3 @@ class TestChoice:
             assert len(model.passion.heads) == heads
             run(model, MIXED)
             assert all(p.grad is not None for p in model.passion.heads.parameters())
-
-    def test_a_rule_of_ones_own(self) -> None:
-        class Shrink(Strategy):
-            name = "shrink"
-            scales_encoders = True
-
-            def factors(self, step: Any, labels: Tensor) -> dict[str, Tensor]:
-                return {"t1ce": torch.tensor(0.25)}
-
-        net = MeanNet(M).double()
-        wanted = without_rule(net, MIXED)
-        model = wrap(net, Shrink())
-        for key, gradient in run(model, MIXED).items():
-            torch.testing.assert_close(gradient, wanted[key] * (0.25 if owner_of(key) == "t1ce" else 1.0))
-        assert model.end_epoch().as_dict()["t1ce"]["beta"] == 0.25
-
-    def test_factors_of_a_step_take_the_place_of_standing_ones(self) -> None:
-        class Both(Strategy):
-            name = "both"
-            scales_encoders = True
-
-            def constant_factors(self) -> dict[str, Tensor]:
-                return {"flair": torch.tensor(0.5), "t1ce": torch.tensor(0.5)}
-
-            def factors(self, step: Any, labels: Tensor) -> dict[str, Tensor]:
-                return {"t1ce": torch.tensor(0.25)} if step.active.any() else {}
-
-        for presence, wanted in (
-            (MIXED, {"flair": 1.0, "t1ce": 0.25}),
-            ([[1, 0, 0], [0, 1, 0]], {"flair": 0.5, "t1ce": 0.5}),
-        ):
-            net = MeanNet(M).double()
-            plain = without_rule(net, presence)
-            for key, gradient in run(wrap(net, Both()), presence).items():
-                torch.testing.assert_close(gradient, plain[key] * wanted.get(owner_of(key) or "", 1.0))
-
-    def test_standing_factors_act_before_the_target_is_known(self) -> None:
-        net = MeanNet(M).double()
-        model = wrap(net, config=PassionConfig(modulation="encoder"))
-        state = get_passion_state_dict(model)
-        state["preference"]["beta"] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-        set_passion_state_dict(model, state)
-        wanted = without_rule(net, MIXED)
-        x, mask, y = batch(MIXED, dtype=torch.float64)
-        F.cross_entropy(model(x, mask), y).backward()
-        for key, gradient in copies_gradients(net).items():
-            factor = {"flair": 0.5, "t1": 2.0}.get(owner_of(key) or "", 1.0)
-            torch.testing.assert_close(gradient, wanted[key] * factor, rtol=1e-12, atol=1e-15)
-
-    def test_plain_by_object_and_by_name(self) -> None:
-        assert isinstance(wrap(MeanNet(M), Plain()).passion.strategy, type(named_strategy("plain")))
