@@ -169,7 +169,6 @@ def test_lazy_parameters_get_the_weights_that_the_users_seed_would_give() -> Non
     torch.manual_seed(5)
     report = inspect_backbone(backbone, x, full(), modalities=NAMES)
     assert report.problems == []
-    assert len(report.lazy) == 6
     assert "parameters that had no shape before: 6" in str(report)
     for name, weight in expected.state_dict().items():
         assert torch.equal(backbone.state_dict()[name], weight)
@@ -279,7 +278,7 @@ class NotSegmenting(nn.Module):
         (NotSegmenting(), (images(), full()), "segmentation network"),
         (Lazy(), (torch.randn(2, 3, 8, 8), full()), "channels"),
         (Lazy(), (images(),), "could not be run"),
-        (Lazy(), ("images", full()), "type str"),
+        (Lazy(), ("images", full()), "got str"),
         (nn.DataParallel(Net()), (images(), full()), "DistributedDataParallel"),
     ],
     ids=["raises", "no segmentation", "wrong channels", "mask forgotten", "no tensor", "data parallel"],

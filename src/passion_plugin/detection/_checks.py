@@ -9,7 +9,7 @@ from torch import nn
 
 from passion_plugin.backbone import MaskCodec
 from passion_plugin.detection._probe import EFFECT, Probe, equality_tolerance, reason_of, relative_difference
-from passion_plugin.detection._report import BackboneReport, BatchBehaviour, MaskBehaviour, ModuleSummary
+from passion_plugin.detection._report import BackboneReport, BatchBehaviour, MaskBehaviour, batch_norms
 from passion_plugin.errors import PassionError, quoted
 
 __all__ = ["check_batch", "check_mask", "check_modules", "different_masks", "mask_behaviour", "mask_meaning"]
@@ -17,9 +17,8 @@ __all__ = ["check_batch", "check_mask", "check_modules", "different_masks", "mas
 _BLANKED = "Students get a blanked input; keep missing channels blank in your data too"
 
 
-def check_modules(backbone: nn.Module, report: BackboneReport) -> ModuleSummary:
-    """Say what wrappers and batch normalisation mean; return the summary of the modules."""
-    report.modules = ModuleSummary.of(backbone)
+def check_modules(backbone: nn.Module, report: BackboneReport) -> None:
+    """Say what wrappers and batch normalisation layers mean."""
     if any(isinstance(module, nn.DataParallel) for module in backbone.modules()):
         report.problems.append(
             "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
@@ -33,21 +32,18 @@ def check_modules(backbone: nn.Module, report: BackboneReport) -> ModuleSummary:
             break
         elif kind == "OptimizedModule":
             report.warnings.append(f"{where} is compiled; capturing outputs of its parts compiles some of them again")
-    if report.modules.batch_statistics:
+    if count := len(batch_norms(backbone)):
         report.warnings.append(
-            f"{report.modules.batch_statistics} batch normalisation layer(s): their running statistics follow the "
-            f"fused pass only"
+            f"{count} batch normalisation layer(s): their running statistics follow the fused pass only"
         )
-    return report.modules
 
 
-def check_batch(probe: Probe, report: BackboneReport, layers: ModuleSummary, *, one_mask: bool) -> bool:
+def check_batch(probe: Probe, report: BackboneReport, *, one_mask: bool) -> bool:
     """Find out how the samples of a batch relate, and say what that means; size the probe.
 
     Args:
         probe: the backbone, in a sandbox.
         report: to be written to.
-        layers: of the network.
         one_mask: the user has said that all samples of a batch have one mask: students run on the whole batch.
 
     Returns:
@@ -70,7 +66,7 @@ def check_batch(probe: Probe, report: BackboneReport, layers: ModuleSummary, *, 
             f"the samples of a batch are not independent: the prediction of one changes by {found.coupling:.1e} "
             f"when the content of its neighbour changes"
         )
-        if layers.no_running:
+        if any(layer.running_mean is None for layer in batch_norms(probe.backbone)):
             report.warnings.append("batch normalisation without running statistics couples samples in evaluation too")
         elif one_mask:
             report.warnings.append(

@@ -9,7 +9,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,8 +60,8 @@ def true_student(
     """Return what a student should give: everything runs, on a blanked input with a one-hot mask.
 
     Args:
-        probe: the backbone, in a sandbox.
-        spec: how to talk to it.
+        probe: the backbone.
+        spec: of the backbone.
         presence: bool (B, M) of the call.
         student_input: modalities and rows.
         *changed: numbers of modalities that get other content.
@@ -161,7 +161,7 @@ def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> N
             if not student.requires_grad:
                 return
             before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
-            _gradient(probe, student, keep_buffers=False)
+            _backward([student], _trained(probe))
         except PassionError:  # check_training() has said so
             return
         after = dict(probe.backbone.named_buffers())
@@ -193,14 +193,9 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
 
 
 def student_mode_difference(probe: Probe, spec: BackboneSpec, changed: BackboneSpec) -> float:
-    """Return the relative difference that ``student_mode`` makes to the gradient of a true run in training mode.
+    """Return the relative difference between the gradients of true runs with two specs in training mode.
 
     A checkpointed decoder runs again in backward, when the student mode is over.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: how to talk to it.
-        changed: the same with ``student_mode``.
     """
     presence, student_input = probe.presence(), _whole_batch(probe, probe.modalities[0])
     with _training_mode(probe.backbone):
@@ -214,13 +209,12 @@ def student_mode_difference(probe: Probe, spec: BackboneSpec, changed: BackboneS
 def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     """Return the largest relative difference that skipping the encoders of missing modalities makes.
 
-    Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards and, for
-    ``"absent"``, the gradient that is sent to all parameters. Where encoders run on fewer rows, rounding flips
-    activations near zero and gradients with them. Statistics of batch normalisation, wherever they are taken, may
-    follow what a skipped encoder would output; noise, what it would draw.
+    Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards (statistics
+    of batch normalisation may follow what a skipped encoder would output) and, for ``"absent"``, the gradient of all
+    parameters. Where encoders run on fewer rows, rounding flips activations near zero and gradients with them.
 
     Args:
-        probe: the backbone, in a sandbox.
+        probe: the backbone.
         spec: with encoders.
         skip: ``"absent"``: one half of the modalities is missing in all rows, then the other. ``"rows"``: another
             one in each row.
@@ -240,7 +234,7 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
                 results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
                 with_grad = [leaf for leaf in outputs if leaf.requires_grad]
                 if skip == "absent" and with_grad:
-                    results[-1].append(_gradient(probe, *with_grad))
+                    results[-1].append(_gradient(probe, with_grad, _trained(probe)))
         # A buffer may hold infinities, which have no difference.
         changed = [pair for pair in zip(*results, strict=True) if not torch.equal(*pair)]
         worst = max([worst, *(relative_difference(skipped, full) for full, skipped in changed)])
@@ -315,34 +309,25 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
 
 def _gradient_apart(probe: Probe, student: Tensor, reference: Tensor, parameters: Sequence[Tensor]) -> float | None:
     """Return the relative difference of two gradients, or None where the outputs are not equal to begin with."""
-    wanted, got = (_gradient(probe, output, parameters=parameters) for output in (reference, student))
+    wanted, got = (_gradient(probe, [output], parameters) for output in (reference, student))
     if relative_difference(student.detach(), reference.detach()) > equality_tolerance(reference.dtype):
         return None
     return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def _gradient(
-    probe: Probe, *outputs: Tensor, parameters: Sequence[Tensor] | None = None, keep_buffers: bool = True
-) -> Tensor:
-    """Return the gradient of random weights times all entries of the outputs, which are the same for the same shape.
+def _gradient(probe: Probe, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of a random projection as one vector; what is checkpointed runs again and moves no buffer."""
+    with preserved_buffers(probe.backbone):
+        return _backward(outputs, parameters)
 
-    Args:
-        probe: the backbone, in a sandbox.
-        *outputs: with gradient.
-        parameters: all that require gradient when None.
-        keep_buffers: whether what is checkpointed, which runs again here, does so on the buffers that it met before,
-            and leaves them alone.
-    """
-    weights = [
-        torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(output)
-        for output in outputs
-    ]
-    total = torch.stack([(output * weight).sum() for output, weight in zip(outputs, weights, strict=True)]).sum()
-    parameters = _trained(probe) if parameters is None else parameters
-    with backbone_errors(), preserved_buffers(probe.backbone) if keep_buffers else nullcontext():
-        found = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
-    flat = [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
-    ]
-    return torch.cat([gradient.flatten().double() for gradient in flat])
+
+def _backward(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    parts = []
+    with torch.enable_grad():
+        for output in outputs:
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+            parts.append((output * weights).sum())
+    with backbone_errors():
+        found = torch.autograd.grad(parts, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten().double() for gradient in found])

@@ -13,9 +13,9 @@ from passion_plugin.backbone import BackboneCall, BackboneSpec
 from passion_plugin.detection._convention import CallConvention, example_call, infer_call_convention, infer_modalities
 from passion_plugin.detection._inspector import Inspector
 from passion_plugin.detection._probe import BackboneRunError, Probe
-from passion_plugin.detection._report import BackboneReport
+from passion_plugin.detection._report import BackboneReport, module_summary
 from passion_plugin.detection._sandbox import lazy_parameters, sandbox
-from passion_plugin.errors import ConfigError, PassionError, suggest
+from passion_plugin.errors import ConfigError, PassionError, listed, suggest
 
 __all__ = ["detect_spec", "inspect_backbone", "inspect_call"]
 
@@ -161,9 +161,11 @@ def _inspect(
         classifier = known.get("classifier")
         probe = Probe(backbone, call, report.modalities, called, through_call=through_call, classifier=classifier)
         hint = probe.vector_hint()
-        report.lazy = tuple(lazy_parameters(backbone))
-        if report.lazy:
+        lazy = lazy_parameters(backbone)
+        if lazy:
             probe.initialize()
+        report.layers = module_summary(backbone)
+        report.layers += [f"parameters that had no shape before: {len(lazy)} ({listed(lazy, 3)})"] if lazy else []
         with sandbox(backbone):
             Inspector(report, probe, convention, known, searching=searching).run()
     except BackboneRunError as error:

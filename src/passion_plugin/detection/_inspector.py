@@ -51,7 +51,7 @@ class Inspector:
     def run(self) -> None:
         """Ask everything, as far as the answers allow."""
         report, probe, known = self.report, self.probe, self.known
-        layers = check_modules(probe.backbone, report)
+        check_modules(probe.backbone, report)
         if self.searching and "classifier" not in known and self._has_rivals():
             return
         meaning = mask_meaning(probe)
@@ -60,7 +60,7 @@ class Inspector:
         through = "through the given call, with a bool mask, 1 = present"
         report.convention = through if probe.through_call else str(self.convention)
         one_mask = not known.get("per_sample_masks", True)
-        per_sample_masks = check_batch(probe, report, layers, one_mask=one_mask) and not one_mask
+        per_sample_masks = check_batch(probe, report, one_mask=one_mask) and not one_mask
         if probe.convention.mask_argument is not None:
             self._check_mask(inverted=meaning != probe.convention.mask_meaning)
         if problem := uneven_channels(probe):

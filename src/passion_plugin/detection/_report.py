@@ -17,7 +17,7 @@ from passion_plugin.detection._classifier import Match
 from passion_plugin.detection._probe import EFFECT
 from passion_plugin.errors import BackboneError, listed, raise_problems, warn_user
 
-__all__ = ["BackboneReport", "BatchBehaviour", "MaskBehaviour", "ModuleSummary", "batch_norms", "dropout_layers"]
+__all__ = ["BackboneReport", "BatchBehaviour", "MaskBehaviour", "batch_norms", "dropout_layers", "module_summary"]
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -42,44 +42,21 @@ def dropout_layers(backbone: nn.Module) -> list[_DropoutNd]:
     return [module for module in backbone.modules() if isinstance(module, _DropoutNd)]
 
 
-@dataclass(frozen=True)
-class ModuleSummary:
-    """Layers and parameters that a student pass could disturb.
-
-    Attributes:
-        normalisation: number of layers by class name.
-        batch_statistics: batch normalisation layers, whose statistics couple the samples in training.
-        no_running: those of them that use batch statistics in evaluation too.
-        dropout: number of dropout layers with a rate above zero.
-        frozen: names of parameters that do not require gradient.
-        shared: groups of names of one parameter.
-        in_place: modules that work in place.
-    """
-
-    normalisation: Mapping[str, int]
-    batch_statistics: int
-    no_running: int
-    dropout: int
-    frozen: tuple[str, ...]
-    shared: tuple[tuple[str, ...], ...]
-    in_place: tuple[str, ...]
-
-    @classmethod
-    def of(cls, backbone: nn.Module) -> ModuleSummary:
-        """Count and name them."""
-        names: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in backbone.named_parameters(remove_duplicate=False):
-            names[id(parameter)].append(name)
-        batch = batch_norms(backbone)
-        return cls(
-            normalisation=Counter(type(module).__name__ for module in backbone.modules() if isinstance(module, _NORMS)),
-            batch_statistics=len(batch),
-            no_running=sum(layer.running_mean is None for layer in batch),
-            dropout=sum(layer.p > 0 for layer in dropout_layers(backbone)),
-            frozen=tuple(name for name, parameter in backbone.named_parameters() if not parameter.requires_grad),
-            shared=tuple(tuple(group) for group in names.values() if len(group) > 1),
-            in_place=tuple(name for name, module in backbone.named_modules() if vars(module).get("inplace") is True),
-        )
+def module_summary(backbone: nn.Module) -> list[str]:
+    """Return lines about layers and parameters that a student pass could disturb."""
+    names = defaultdict(list)
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    norms = Counter(type(module).__name__ for module in backbone.modules() if isinstance(module, _NORMS))
+    counted = ", ".join(f"{count} {kind}" for kind, count in norms.items()) or "none"
+    dropout = sum(layer.p > 0 for layer in dropout_layers(backbone))
+    found = {
+        "frozen parameters": [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad],
+        "shared parameters": [" = ".join(group) for group in names.values() if len(group) > 1],
+        "in-place modules": [name for name, module in backbone.named_modules() if vars(module).get("inplace") is True],
+    }
+    lines = [f"{what}: {f'{len(names)} ({listed(names, 3)})' if names else 'none'}" for what, names in found.items()]
+    return [f"normalisation: {counted}; dropout layers: {dropout}", *lines]
 
 
 @dataclass
@@ -154,8 +131,7 @@ class BackboneReport:
         alone: for each modality, whether it alone gives a finite prediction.
         replay_errors: relative difference between students and true runs, by what was tried.
         replay_failures: the exceptions of what could not even be tried to the end.
-        modules: layers and parameters.
-        lazy: parameters that had no shape before.
+        layers: layers and parameters that a student pass could disturb, in words.
     """
 
     backbone: str
@@ -174,8 +150,7 @@ class BackboneReport:
     alone: dict[str, bool] = field(default_factory=dict)
     replay_errors: dict[str, float] = field(default_factory=dict)
     replay_failures: dict[str, str] = field(default_factory=dict)
-    modules: ModuleSummary | None = None
-    lazy: tuple[str, ...] = ()
+    layers: list[str] = field(default_factory=list)
 
     def raise_problems(self) -> None:
         """Raise one error with every problem; do nothing when there is none.
@@ -230,7 +205,7 @@ def _rows(report: BackboneReport) -> Iterator[tuple[str, list[str]]]:
     yield "one alone", [f"NOT finite for {', '.join(infinite)}"] if infinite else finite
     yield "students", _students(report.replay_errors, report.replay_failures)
     yield "batch", ["; ".join(_batch(report.batch, spec))] if report.batch else []
-    yield "layers", _layers(report.modules, report.lazy) if report.modules else []
+    yield "layers", report.layers
 
 
 def _classifier(report: BackboneReport) -> list[str]:
@@ -274,19 +249,6 @@ def _batch(batch: BatchBehaviour, spec: BackboneSpec | None) -> Iterator[str]:
     if batch.noise:
         yield f"two runs in evaluation mode differ by {_number(batch.noise)}"
     yield from (text for text in (batch.single_failure, batch.failure) if text)
-
-
-def _layers(found: ModuleSummary, lazy: tuple[str, ...]) -> list[str]:
-    norms = ", ".join(f"{count} {kind}" for kind, count in found.normalisation.items())
-    named = {
-        "frozen parameters": found.frozen,
-        "shared parameters": tuple(" = ".join(group) for group in found.shared),
-        "in-place modules": found.in_place,
-    }
-    if lazy:
-        named["parameters that had no shape before"] = lazy
-    lines = [f"{what}: {f'{len(names)} ({listed(names, 3)})' if names else 'none'}" for what, names in named.items()]
-    return [f"normalisation: {norms or 'none'}; dropout layers: {found.dropout}", *lines]
 
 
 def _numbered(texts: list[str]) -> list[str]:
