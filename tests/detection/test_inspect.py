@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.detection import BackboneReport, inspect_backbone
+from passion_plugin.backbone import BackboneCall, BackboneSpec
+from passion_plugin.config import PassionConfig
+from passion_plugin.detection import BackboneReport, inspect_backbone, prepare_backbone
 from passion_plugin.detection._sandbox import sandbox
 from passion_plugin.errors import BackboneError, ConfigError
 
@@ -312,3 +314,60 @@ def test_unknown_field_is_an_error_of_the_caller_with_a_suggestion() -> None:
 
 def test_single_modality_is_a_problem() -> None:
     assert "two modalities" in inspect_backbone(Lazy(), images()[:, :1], full()[:, :1]).problems[0]
+
+
+# What counts as an answer of the backbone
+
+
+@pytest.mark.parametrize(
+    ("module", "helper"),
+    [
+        ("_inspector", "skipping_difference"),
+        ("_inspector", "check_training"),
+        ("_checks", "different_masks"),
+        ("_student_modes", "fused_pass"),
+        ("_student_modes", "student_pass"),
+        ("_student_modes", "gradient_difference"),
+        ("_student_modes", "true_student"),
+        ("_gradients", "fused_pass"),
+        ("_gradients", "_trained"),
+        ("_probe", "encoded_like"),
+    ],
+)
+def test_a_bug_of_ours_is_no_answer_of_the_backbone(module: str, helper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(f"passion_plugin.detection.{module}.{helper}", broken)
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        inspect_backbone(Lazy(), images(), full(), modalities=NAMES)
+
+
+@pytest.mark.parametrize("helper", ["uneven_channels", "sandbox", "Probe"])
+def test_nor_where_a_spec_is_taken_at_its_word(helper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(f"passion_plugin.detection._prepare.{helper}", broken)
+    spec = BackboneSpec(classifier="head", students="rerun")
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        prepare_backbone(Net(), BackboneCall((torch.randn(2, 4, 8, 8), full()), {}), NAMES, spec, PassionConfig())
+
+
+def test_a_bug_in_what_captures_outputs_surfaces_from_within_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passion_plugin.detection._encoders._SAMPLES", "many")
+    with pytest.raises(TypeError, match="'str'"):
+        inspect_backbone(Lazy(), images(), full(), modalities=NAMES)
+
+
+def test_whatever_a_run_raises_is_an_answer() -> None:
+    class Picky(Lazy):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            if len(x) == 1:
+                raise KeyError("no single samples")
+            if not mask.all():
+                raise AttributeError("nothing may be missing")
+            return super().forward(x, mask)
+
+    problems = " ".join(inspect_backbone(Picky(), images(), full(), modalities=NAMES).problems)
+    assert "a batch of one raises KeyError: 'no single samples'" in problems

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Probe:
 
     def set_convention(self, convention: CallConvention) -> None:
         """Call the backbone in another way from now on."""
-        self.convention = convention
+        convention = self.convention = replace(convention, **_guarded(convention))
         codec = convention.mask_format
         if not isinstance(codec, MaskCodec):
             codec = codec_for(codec, convention.mask_meaning, convention.mask_columns, self.modalities)
@@ -184,8 +185,7 @@ class Probe:
         # Which entries belong to a modality is what the user's function changes where it is missing.
         keep = self.presence()
         keep[:, list(changed)] = False
-        with backbone_errors():
-            hidden = self.convention.fill_missing(tree_map(_copied, base), keep)
+        hidden = self.convention.fill_missing(tree_map(_copied, base), keep)
         return tree_map(lambda old, gone, new: torch.where(old != gone, new, old), base, hidden, other)
 
     def neighbours(self, row: int) -> Any:
@@ -207,9 +207,7 @@ class Probe:
         for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
             call = call.replaced(argument, value)
         if self._mask is not None:
-            with backbone_errors():
-                mask = encoded_like(call.get(self._mask), self.codec, keep.to(self._device(x)))
-            call = call.replaced(self._mask, mask)
+            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(self._device(x))))
         return call
 
     def run(
@@ -271,7 +269,7 @@ class Probe:
         if self.through_call:
             how = CallConvention(fill_missing=spec.fill_missing, forward_fn=self.convention.forward_fn)
             spec = spec.replaced(**vars(how))
-        return _ProbeAdapter(self.backbone, spec, self.modalities, through_call=self.through_call)
+        return _ProbeAdapter(self.backbone, spec.replaced(**_guarded(spec)), self.modalities, self.through_call)
 
     def vector_hint(self) -> str:
         """Say which arguments of the template may have been left too long, if any."""
@@ -307,28 +305,32 @@ class Probe:
 
 
 class _ProbeAdapter(BackboneAdapter):
-    """Turns what the backbone raises into :class:`BackboneRunError`.
+    """Turns what the backbone raises into :class:`BackboneRunError`; fused passes may go through ``forward_fn`` too."""
 
-    Args:
-        *args: of :class:`BackboneAdapter`.
-        through_call: fused passes too go through ``forward_fn``.
-    """
-
-    def __init__(self, *args: Any, through_call: bool) -> None:
-        super().__init__(*args)
-        self._fused: Callable[..., Any] | None = self.spec.forward_fn if through_call else None
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, modalities: Sequence[str], through_call: bool) -> None:
+        super().__init__(backbone, spec, modalities)
+        self._fused = spec.forward_fn if through_call else None
 
     def run(self, call: BackboneCall) -> Any:
         with backbone_errors():
             return super().run(call) if self._fused is None else self._fused(self.backbone, *call.args)
 
-    def run_masked(self, call: BackboneCall, keep: Tensor) -> Any:
-        with backbone_errors():
-            return super().run_masked(call, keep)
 
-    def blanked(self, call: BackboneCall, keep: Tensor) -> BackboneCall:
-        with backbone_errors():
-            return super().blanked(call, keep)
+def _guarded(how: CallConvention | BackboneSpec) -> dict[str, Any]:
+    """Return the user's functions in a convention or a spec, with :func:`backbone_errors` around them."""
+
+    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any) -> Any:
+            with backbone_errors():
+                return function(*args)
+
+        return guarded
+
+    functions = {"fill_missing": how.fill_missing, "forward_fn": how.forward_fn}
+    found: dict[str, Any] = {name: guard(function) for name, function in functions.items() if function is not None}
+    if isinstance(how.mask_format, MaskCodec):
+        found["mask_format"] = replace(how.mask_format, encode=guard(how.mask_format.encode))
+    return found
 
 
 def _copied(leaf: Any) -> Any:
