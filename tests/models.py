@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin.backbone import BackboneSpec
+from passion_plugin.baselines import named_strategy
+from passion_plugin.config import PassionConfig
 
 __all__ = ["NAMES", "DeepNet", "MeanNet", "NoMaskNet", "batch", "copies_gradients", "spec_of"]
 
@@ -128,8 +130,20 @@ def spec_of(net: MeanNet | NoMaskNet, **changes: Any) -> BackboneSpec:
         "students": "replay",
     }
     if isinstance(net, DeepNet):
-        fields |= {"coarse": ("coarse",), "light": {"is_training": False}}
+        fields |= {"deep_supervision": ("coarse",), "student_mode": {"is_training": False}}
     return BackboneSpec(**{**fields, **changes})
+
+
+def set_beta(model: Any, beta: Tensor) -> None:
+    """Give the estimator of a wrapper or an engine other weights."""
+    preference = getattr(model, "passion", model).preference
+    preference.set_extra_state({**preference.get_extra_state(), "beta": beta.clone()})
+
+
+def options_of(name: str | None, config: PassionConfig | None = None) -> dict[str, Any]:
+    """``strategy=`` and ``config=`` for the name of a strategy; None is PASSION."""
+    strategy, config = (None, config) if name is None else named_strategy(name, config)
+    return {"strategy": strategy, "config": config}
 
 
 def batch(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import NAMES, MeanNet, NoMaskNet, batch, spec_of
+from passion_plugin import attach as put_on
 from passion_plugin.config import PassionConfig
 from passion_plugin.data import PresenceTable
 from passion_plugin.errors import BackboneError, ConfigError, InputError, PassionError, PassionWarning, UsageError
-from passion_plugin.training import PassionEngine
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
@@ -44,7 +44,7 @@ class TestSetUp:
     )
     def test_modalities_must_be_at_least_two_different_names(self, modalities: Any, message: str, attach: bool) -> None:
         net = MeanNet(M)
-        use: Any = PassionEngine.attach if attach else PassionWrapper
+        use: Any = put_on if attach else PassionWrapper
         with pytest.raises(ConfigError, match=message):
             use(net, modalities=modalities, missing_rates=RATES)
         assert "forward" not in vars(net)

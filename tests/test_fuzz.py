@@ -25,6 +25,9 @@ from fuzzing.entrances import ENTRANCES
 from fuzzing.mistakes import IMAGES, MASKS, NONSENSE, TARGETS
 from fuzzing.nets import Plan, build, plans, right_spec
 from fuzzing.settings import how_to_balance, plain_balance
+from models import options_of
+from passion_plugin import get_passion_state_dict, set_passion_state_dict
+from passion_plugin.config import PassionConfig
 from passion_plugin.errors import PassionError, PassionWarning
 from passion_plugin.wrapper import PassionWrapper
 from zoo.reference import fingerprint, first_difference
@@ -32,8 +35,11 @@ from zoo.reference import fingerprint, first_difference
 RATE = 0.25
 
 
-def wrap(net: nn.Module, plan: Plan, **options: Any) -> PassionWrapper:
-    return PassionWrapper(net, plan.modalities, missing_rates=[RATE] * len(plan.modalities), **options)
+def wrap(
+    net: nn.Module, plan: Plan, strategy: str | None = None, config: PassionConfig | None = None, **options: Any
+) -> PassionWrapper:
+    options |= {"missing_rates": [RATE] * len(plan.modalities), **options_of(strategy, config)}
+    return PassionWrapper(net, plan.modalities, **options)
 
 
 def run(model: nn.Module, batch: Batch, **extra: Any) -> Any:
@@ -135,7 +141,7 @@ def has_no_excuse(plan: Plan, how: dict[str, Any], students: str) -> bool:
     config = how["config"]
     plain = how["strategy"] is None and config.mode == "default" and config.modulation != "encoder"
     taken_at_its_word = students in ("replay", "mixed", "rerun") and plan.mask != "none"
-    optional = config.stack_students or config.skip_missing_encoders is True
+    optional = config.skip_missing_encoders is True
     return plain and taken_at_its_word and not optional and plan.norm == "none"
 
 
@@ -221,10 +227,10 @@ CALLS: dict[str, Callable[[PassionWrapper, Batch], Any]] = {
     "metrics": lambda model, batch: model.passion.metrics(),
     "loss_terms": lambda model, batch: model.passion.loss_terms(),
     "save and load": lambda model, batch: model.load_state_dict(copy.deepcopy(model.state_dict())),
-    "add-on": lambda model, batch: model.load_addon_state_dict(
-        pickle.loads(pickle.dumps(get_passion_state_dict(model)))
+    "add-on": lambda model, batch: set_passion_state_dict(
+        model, pickle.loads(pickle.dumps(get_passion_state_dict(model)))
     ),
-    "another add-on": lambda model, batch: model.load_addon_state_dict({"format": 1, "modalities": [], "heads": {}}),
+    "another add-on": lambda model, batch: set_passion_state_dict(model, {"_extra_state": {"modalities": []}}),
     "copy": lambda model, batch: step(copy.deepcopy(model).train(), batch),
     "pickle": lambda model, batch: step(pickle.loads(pickle.dumps(model)).train(), batch),
     "wrap again": lambda model, batch: wrap(model, batch.plan),

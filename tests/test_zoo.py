@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from passion_plugin import detect_spec
 from passion_plugin.backbone import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, InputError

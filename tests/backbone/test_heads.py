@@ -85,18 +85,18 @@ def test_heads_are_the_students_and_the_backbone_runs_once(ndim: int) -> None:
     gradients = copies_gradients(model)
     for index, name in enumerate(M):
         assert gradients[f"backbone.encoders.{name}.0.weight"].any()
-        assert gradients[f"heads.{index}.classifier.weight"].any()
+        assert gradients[f"passion.heads.{index}.classifier.weight"].any()
     assert not gradients["backbone.decoder.0.weight"].any(), "heads do not reach the shared decoder"
 
 
 def test_heads_exist_before_the_optimizer_and_travel_with_the_model() -> None:
     model = wrap(MeanNet(M))
     names = [name for name, _ in model.named_parameters()]
-    assert sum(name.startswith("heads.") for name in names) == 3 * 6
-    assert not any(name.startswith("heads.") for name, _ in model.backbone.named_parameters())
+    assert sum(name.startswith("passion.heads.") for name in names) == 3 * 6
+    assert not any(name.startswith("passion.heads.") for name, _ in model.backbone.named_parameters())
     other = copy.deepcopy(model)
-    other.get_parameter("heads.2.classifier.weight").data.zero_()
-    assert model.get_parameter("heads.2.classifier.weight").any()
+    other.get_parameter("passion.heads.2.classifier.weight").data.zero_()
+    assert model.get_parameter("passion.heads.2.classifier.weight").any()
 
 
 def test_heads_train() -> None:

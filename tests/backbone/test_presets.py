@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import batch
+from passion_plugin import attach
 from passion_plugin.backbone import BackboneSpec
 from passion_plugin.backbone._adapter import BackboneAdapter
 from passion_plugin.backbone._presets import PRESETS, Preset, find_preset, preset
@@ -41,7 +42,7 @@ def names_of(entry: Preset) -> list[str]:
     encoders = [
         name.format(m=column, k=number) for number, column in enumerate(entry.columns) for name in entry.encoders
     ]
-    return [*entry.fingerprint, *encoders, entry.fields["classifier"], *entry.fields.get("coarse", ())]
+    return [*entry.fingerprint, *encoders, entry.fields["classifier"], *entry.fields.get("deep_supervision", ())]
 
 
 def modalities_of(entry: Preset) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients
+from passion_plugin import detect_spec
 from passion_plugin.backbone import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError

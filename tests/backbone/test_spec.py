@@ -139,11 +139,6 @@ class TestSpec:
         assert model.passion.adapter.spec.students == "mixed"
         assert (model.passion.loss_terms().distance[:2, :2] > 1e-4).all()
 
-    @pytest.mark.parametrize("changes", [{"per_sample_masks": False}, {"mask_format": "indices"}])
-    def test_students_are_not_stackable_where_masks_cannot_mix(self, changes: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError, match="stackable"):
-            BackboneSpec(classifier="c", stackable=True, **changes)
-
     @pytest.mark.parametrize("encoders", [{"t1": 3}, {"t1": [3]}])
     def test_encoders_must_be_names(self, encoders: Any) -> None:
         with pytest.raises(ConfigError, match=r"(?s)encoders.*3"):
@@ -387,7 +382,7 @@ class TestMasks:
     @pytest.mark.parametrize("masked", [True, False])
     def test_nor_may_passion_presence_mix_for_them(self, masked: bool) -> None:
         net: Any = MeanNet(M) if masked else NoMaskNet(M)
-        model = wrap(net, per_sample_masks=False, **({} if masked else {"mask_argument": None}))
+        model = wrap(net, per_sample_masks=False, **({} if masked else {"mask_argument": None, "students": "mixed"}))
         x, _, y = batch([[1, 1, 1]] * 3)
         alone = torch.tensor([[1, 0, 0]] * 3).bool()
         call = (x, alone) if masked else (x,)

@@ -48,7 +48,7 @@ def test_a_student_equals_the_backbone_with_that_subset_in_value_and_gradient(
 ) -> None:
     net, adapter, fused, x = prepared(students)
     rows = torch.tensor([0, 2])
-    (prediction,) = student_pass(adapter, fused, [StudentInput(subset, rows)])
+    prediction = student_pass(adapter, fused, StudentInput(subset, rows))
     prediction.logits.square().sum().backward()
     found = copies_gradients(net)
     bare = copy.deepcopy(net)
@@ -64,17 +64,7 @@ def test_a_student_equals_the_backbone_with_that_subset_in_value_and_gradient(
             assert not found[name].any(), f"the student of {subset} moved {name}"
 
 
-def test_stacked_students_of_different_subsets_equal_single_runs() -> None:
-    _, adapter, fused, _ = prepared("replay")
-    rows = [torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([0, 1, 2]), torch.tensor([1, 2])]
-    student_inputs = [StudentInput(subset, index) for subset, index in zip(SUBSETS, rows, strict=True)]
-    stacked = student_pass(adapter, fused, student_inputs)
-    for student_input, prediction in zip(student_inputs, stacked, strict=True):
-        (alone,) = student_pass(adapter, fused, [student_input])
-        torch.testing.assert_close(prediction.logits, alone.logits, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("options", [{}, {"memory": "low"}, {"stack_students": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory": "low"}], ids=str)
 def test_students_carry_the_names_and_rows_of_their_segments(options: dict[str, Any]) -> None:
     _, adapter, fused, _ = prepared("replay")
     student_inputs = [StudentInput(("flair", "t2"), torch.tensor([1])), StudentInput(("t1",), torch.tensor([0, 2]))]
@@ -82,7 +72,7 @@ def test_students_carry_the_names_and_rows_of_their_segments(options: dict[str, 
     assert [student.modalities for student in students] == [("flair", "t2"), ("t1",)]
     assert [student.rows.tolist() for student in students] == [[1], [0, 2]]
     for student, student_input in zip(students, student_inputs, strict=True):
-        (wanted,) = student_pass(adapter, fused, [student_input])
+        wanted = student_pass(adapter, fused, student_input)
         torch.testing.assert_close(student.prediction.logits, wanted.logits, rtol=0, atol=1e-12)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from passion_plugin import attach
 from passion_plugin.backbone import BackboneSpec
 from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, SlowWeights, named_strategy, passion_variant
 from passion_plugin.config import PassionConfig

@@ -218,6 +218,5 @@ def right_spec(plan: Plan, students: str = "auto") -> BackboneSpec:
         per_sample_masks=plan.mask != "indices",
         students=students,  # type: ignore[arg-type]
         copy_features=plan.in_place,
-        stackable=apart and plan.mask != "indices",
         can_skip_encoders=apart and not plan.shared and plan.mask != "none",
     )

@@ -33,7 +33,6 @@ def how_to_balance(draw: st.DrawFn, plan: Plan) -> dict[str, Any]:
     strategy = draw(pick([None, None, *(name for name in strategy_names() if name not in lacking)]))
     chosen: dict[str, Any] = {
         "memory": draw(pick(["default", "low"])),
-        "stack_students": draw(rarely),
         "skip_missing_encoders": draw(rarely) or draw(pick(["auto", False])),
         "share_random_state": draw(flag),
     }

@@ -8,9 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from test_ops_pixel import KINDS, Kind, T, each_kind, make, poisoned, run
+
 from passion_plugin.losses._common import launches
 from passion_plugin.losses._pixel_op import pixel_distillation
-from test_ops_pixel import KINDS, Kind, T, each_kind, make, poisoned, run
 
 __all__ = ["poisoned"]
 

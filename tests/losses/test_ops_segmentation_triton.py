@@ -8,10 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from test_ops_segmentation import KINDS, Kind, each_kind, make, poisoned, run
+
 from passion_plugin.losses import segmentation_loss
 from passion_plugin.losses._common import launches
 from passion_plugin.losses._segmentation_op import segmentation
-from test_ops_segmentation import KINDS, Kind, each_kind, make, poisoned, run
 
 __all__ = ["poisoned"]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
+from passion_plugin import attach
 from passion_plugin.backbone import BackboneSpec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import UsageError
@@ -23,7 +24,7 @@ MIXED = [[1, 1, 0], [1, 1, 1], [0, 0, 1]]
 RATES = dict(zip(M, (0.1, 0.2, 0.5), strict=True))
 
 
-def attach(net: MeanNet, *, config: PassionConfig | None = None, **spec: Any) -> PassionEngine:
+def attached(net: MeanNet, *, config: PassionConfig | None = None, **spec: Any) -> PassionEngine:
     return attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net, **spec), config=config)
 
 
@@ -41,7 +42,7 @@ def test_an_attached_engine_gives_the_losses_and_gradients_of_the_wrapper(memory
     wrapped = PassionWrapper(
         copy.deepcopy(net), M, missing_rates=RATES, spec=spec_of(net, students=students), config=config
     )
-    passion = attach(net, config=config, students=students)
+    passion = attached(net, config=config, students=students)
     x, mask, y = batch(MIXED)
     for _ in range(2):
         found, wanted = net(x, mask), wrapped(x, mask)
@@ -61,7 +62,7 @@ def test_the_backbone_keeps_its_class_and_its_checkpoints() -> None:
     net = MeanNet(M)
     keys = list(net.state_dict())
     names = [name for name, _ in net.named_modules()]
-    attach(net)
+    attached(net)
     assert type(net) is MeanNet
     assert list(net.state_dict()) == keys
     assert [name for name, _ in net.named_modules()] == names
@@ -83,7 +84,7 @@ def test_mask_and_images_may_be_keywords(detected: bool) -> None:
 
 def test_single_call_style_and_presence_work_on_the_backbone_itself() -> None:
     net = MeanNet(M)
-    passion = attach(net)
+    passion = attached(net)
     x, mask, y = batch(MIXED)
     net(x, mask)
     wanted = passion.loss(y)
@@ -98,7 +99,7 @@ def test_single_call_style_and_presence_work_on_the_backbone_itself() -> None:
 def test_eval_and_disabled_run_the_backbone_once() -> None:
     net = MeanNet(M)
     bare = copy.deepcopy(net)
-    passion = attach(net)
+    passion = attached(net)
     calls: list[int] = []
     net.decoder.register_forward_hook(lambda *_: calls.append(1))
     x, mask, _ = batch(MIXED)
@@ -115,7 +116,7 @@ def test_hooks_on_the_backbone_fire_once_per_forward() -> None:
     net = MeanNet(M)
     fired: list[int] = []
     net.register_forward_hook(lambda *_: fired.append(1))
-    attach(net)
+    attached(net)
     x, mask, _ = batch(MIXED)
     net(x, mask)
     assert fired == [1]
@@ -125,7 +126,7 @@ def test_hooks_on_the_backbone_fire_once_per_forward() -> None:
 def test_detach_leaves_nothing(modulation: Any) -> None:
     net = DeepNet(M, norm="batch")
     before = {name: set(vars(module)) for name, module in net.named_modules()}
-    passion = attach(net, config=PassionConfig(modulation=modulation))
+    passion = attached(net, config=PassionConfig(modulation=modulation))
     x, mask, y = batch(MIXED)
     net(x, mask)
     passion.loss(y).backward()
@@ -154,7 +155,7 @@ def test_detach_puts_back_a_forward_that_was_overridden_before() -> None:
         return original(x, mask)
 
     net.forward = noted  # type: ignore[method-assign]
-    passion = attach(net)
+    passion = attached(net)
     x, mask, y = batch([[1, 1, 0]])
     net(x, mask)
     assert passion.loss(y) > 0
@@ -165,13 +166,13 @@ def test_detach_puts_back_a_forward_that_was_overridden_before() -> None:
 
 def test_a_second_engine_is_refused_until_the_first_is_gone() -> None:
     net = MeanNet(M)
-    passion = attach(net)
-    with pytest.raises(UsageError, match=r"has a PassionEngine engine already; unwrap\(\) or detach\(\) that first"):
-        attach(net)
+    passion = attached(net)
+    with pytest.raises(UsageError, match=r"has a PassionEngine already; unwrap\(\) or detach\(\) that first"):
+        attached(net)
     with pytest.raises((UsageError, ValueError), match=r"(?i)detach"):
         PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net))
     passion.detach()
-    attach(net)
+    attached(net)
 
 
 def test_a_wrapper_is_not_wrapped_again() -> None:
@@ -184,7 +185,7 @@ def test_a_wrapper_is_not_wrapped_again() -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_the_engine_of_a_copy_acts_on_the_copy(how: str) -> None:
     net = MeanNet(M).double()
-    passion = attach(net, config=PassionConfig(modulation="encoder"))
+    passion = attached(net, config=PassionConfig(modulation="encoder"))
     passion.preference._beta = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     x, mask, y = batch(MIXED, dtype=torch.float64)
     net(x, mask, passion_target=y)[1].backward()
@@ -215,10 +216,10 @@ def test_a_custom_call_that_goes_through_the_backbone_is_not_intercepted(memory:
         return backbone(x, mask)
 
     x, mask, y = batch(MIXED)
-    plain = attach(copy.deepcopy(net), config=PassionConfig(memory=memory))
+    plain = attached(copy.deepcopy(net), config=PassionConfig(memory=memory))
     plain.backbone(x, mask, passion_target=y)[1].backward()
     forwards: list[int] = []
-    passion = attach(net, config=PassionConfig(memory=memory), forward_fn=call)
+    passion = attached(net, config=PassionConfig(memory=memory), forward_fn=call)
     inner = passion._bare_forward
     passion._bare_forward = lambda *a, **k: forwards.append(1) or inner(*a, **k)  # type: ignore[func-returns-value, method-assign]
     net(x, mask, passion_target=y)[1].backward()

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import NAMES, MeanNet, batch, copies_gradients
+from models import NAMES, MeanNet, batch, copies_gradients, options_of
+from passion_plugin import attach
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError
 from passion_plugin.training import EpochReport, PassionEngine
@@ -116,18 +117,18 @@ class TwoCalls:
         return getattr(self.model, name)
 
 
-def attach(net: Any, **config: Any) -> PassionEngine:
+def attached(net: Any, **config: Any) -> PassionEngine:
     return attach(net, modalities=THREE, missing_rates=(0.2, 0.4, 0.6), config=PassionConfig(eta=5.0, **config))
 
 
 def attach_and_compile(net: Any, **config: Any) -> Any:
-    passion = attach(net, **config)
+    passion = attached(net, **config)
     return Attached(net, compiled(net), passion)
 
 
 def compile_and_attach(net: Any, **config: Any) -> Any:
     net.compile(backend=counting)
-    return Attached(net, net, attach(net, **config))
+    return Attached(net, net, attached(net, **config))
 
 
 def compile_encoders(net: Any, **config: Any) -> Any:
@@ -238,7 +239,7 @@ def test_every_rule_gives_the_loss_and_gradients_of_eager(rule: str, when: str) 
     found = []
     for module, compiling in ((plain, None), (net, when)):
         inner = compiled(module) if compiling == "before" else module
-        wrapper = PassionWrapper(inner, THREE, missing_rates=(0.2, 0.4, 0.6), strategy=rule)
+        wrapper = PassionWrapper(inner, THREE, missing_rates=(0.2, 0.4, 0.6), **options_of(rule))
         model = compiled(wrapper) if compiling == "after" else wrapper
         prediction, loss = model(x, mask, passion_target=y)
         torch.manual_seed(0)  # of the noise of OGM-GE

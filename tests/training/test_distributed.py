@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from models import NAMES, DeepNet, MeanNet, batch, spec_of
+from models import NAMES, DeepNet, MeanNet, batch, options_of, spec_of
+from passion_plugin import attach, get_passion_state_dict, set_passion_state_dict
 from passion_plugin.backbone._sharding import is_sharded
 from passion_plugin.baselines import AGM, OGMGE, RedCore
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, PassionError, UsageError
-from passion_plugin.training import PassionEngine, PreferenceEstimator, load_addon, save_addon
+from passion_plugin.training import PassionEngine, PreferenceEstimator
 from passion_plugin.wrapper import PassionWrapper
 from ranks import Ranks
 
@@ -118,6 +119,8 @@ def build(
     if heads:
         x, mask, _ = batch([[1, 1, 1]] * 2, dtype=torch.float64)
         options |= {"spec": spec_of(backbone, students="heads"), "example_input": x, "example_mask": mask}
+    if isinstance(options.get("strategy"), str):
+        options |= options_of(options["strategy"], options.get("config"))
     if style == "attach":
         return backbone, attach(backbone, **options)
     model = PassionWrapper(backbone, **options)
@@ -436,17 +439,15 @@ def test_a_sharded_training_goes_on_from_a_distributed_checkpoint(
         assert not any(torch.equal(resumed[name], value) for name, value in started.items())
 
 
-def addon_of_shards(rank: int, folder: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+def addon_of_shards(rank: int) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """What asking for the add-on state of sharded heads ends in; the whole state, before and after sharding."""
     model, _ = build(heads=True)
     before = get_passion_state_dict(model)
     shard(model, "whole")
     messages = []
     for ask in (
-        model.addon_state_dict,
-        lambda: save_addon(model, Path(folder) / f"{rank}.safetensors"),
-        lambda: save_addon(model, Path(folder) / f"{rank}.pt"),
-        lambda: model.load_addon_state_dict(before),
+        lambda: get_passion_state_dict(model),
+        lambda: set_passion_state_dict(model, before),
     ):
         with pytest.raises(UsageError) as caught:
             ask()
@@ -457,35 +458,33 @@ def addon_of_shards(rank: int, folder: str) -> tuple[list[str], dict[str, Any], 
 
 
 def test_the_add_on_state_of_sharded_heads_is_refused_and_that_of_the_whole_model_is_not(
-    ranks: Ranks, tmp_path: Path
+    ranks: Ranks,
 ) -> None:
-    (messages, before, full), (others, _, _) = ranks(addon_of_shards, str(tmp_path))
-    assert len(messages) == len(others) == 4
+    (messages, before, full), (others, _, _) = ranks(addon_of_shards)
+    assert len(messages) == len(others) == 2
     for message in messages + others:
         assert "torch.distributed.checkpoint" in message
-    assert not list(tmp_path.iterdir())
     model, _ = build(heads=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     model.load_state_dict(full)
-    heads = get_passion_state_dict(model)["heads"]
+    heads = {name: value for name, value in get_passion_state_dict(model).items() if name.startswith("heads.")}
     assert heads
-    assert all(torch.equal(heads[name], value) for name, value in before["heads"].items())
+    assert all(torch.equal(value, before[name]) for name, value in heads.items())
 
 
-def addon_beside_shards(rank: int, folder: str) -> tuple[Tensor, Tensor]:
+def addon_beside_shards(rank: int) -> tuple[Tensor, Tensor]:
     (model, _), (other, _) = build(), build()
     for one in (model, other):
         shard(one, "parts")
     beta = steps(model, torch.optim.SGD(model.parameters(), lr=0.1), rank, 2)
-    save_addon(model, Path(folder) / f"{rank}.pt")
-    load_addon(other, Path(folder) / f"{rank}.pt")
+    set_passion_state_dict(other, get_passion_state_dict(model))
     return beta, other.passion.preference.beta
 
 
-def test_the_add_on_state_without_heads_is_whole_beside_shards(ranks: Ranks, tmp_path: Path) -> None:
-    for beta, loaded in ranks(addon_beside_shards, str(tmp_path)):
+def test_the_add_on_state_without_heads_is_whole_beside_shards(ranks: Ranks) -> None:
+    for beta, loaded in ranks(addon_beside_shards):
         assert bool((beta != 1).any())
         assert torch.equal(loaded, beta)
 

@@ -571,54 +571,6 @@ def test_low_memory_gives_the_same_loss_and_gradients_and_keeps_less(students: A
     assert low[3] < 0.6 * plain[3]
 
 
-def test_stacked_students_equal_the_loop() -> None:
-    net = MeanNet(NAMES[:3]).double()
-    net.decoder[3] = Recorder()
-    x, mask, y = batch(MIXED, dtype=torch.float64)
-    loop = wrap(net)
-    wanted = step(loop, x, mask, y)
-    wanted.backward()
-    gradients = copies_gradients(net)
-    net.decoder[3].rows.clear()
-    loop.unwrap()
-    stacked = wrap(net, PassionConfig(stack_students=True), stackable=True)
-    found = step(stacked, x, mask, y)
-    assert net.decoder[3].rows == [3, 5]
-    found.backward()
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
-    for name, gradient in copies_gradients(net).items():
-        torch.testing.assert_close(gradient, gradients[name], rtol=1e-9, atol=1e-13)
-
-
-def test_stacked_students_work_with_low_memory_and_on_empty_groups() -> None:
-    net = MeanNet(NAMES[:3])
-    x, mask, y = batch(MIXED)
-    wanted = step(wrap(net), x, mask, y)
-    model = wrap(net, PassionConfig(stack_students=True, memory="low"), stackable=True)
-    torch.testing.assert_close(step(model, x, mask, y), wanted)
-    assert step(model, x[2:], mask[2:], y[2:]).item() == 0
-
-
-def test_detection_allows_stacking_and_refuses_it_for_batch_norm() -> None:
-    x, mask, y = batch([[1, 1, 1]] * 3)
-    for norm, stackable in (("none", True), ("batch", False)):
-        net = MeanNet(NAMES[:3], norm=norm)
-        spec = detect_spec(net, x, mask, modalities=NAMES[:3])
-        assert spec.stackable is stackable
-        model = PassionWrapper(
-            net,
-            NAMES[:3],
-            missing_rates=RATES[:3],
-            spec=spec,
-            config=PassionConfig(stack_students=True),
-        )
-        if stackable:
-            assert step(model, x, mask, y) > 0
-        else:
-            with pytest.raises(ValueError, match="use the loop, or set BackboneSpec"):
-                model(x, mask)
-
-
 def test_students_and_teacher_can_share_the_dropout_mask() -> None:
     net = MeanNet(NAMES[:2], dropout=0.5).double()
     with torch.no_grad():
@@ -627,6 +579,7 @@ def test_students_and_teacher_can_share_the_dropout_mask() -> None:
     x, mask, y = batch([[1, 1]], dtype=torch.float64, side=8)
     x[:, 1] = x[:, 0]  # The mean of two equal features is each of them: students equal the teacher.
     shared = wrap(net, PassionConfig(share_random_state=True))
+    step(shared, *batch([[1, 1]], dtype=torch.float64, side=8))  # At the first step equal students would be refused.
     torch.manual_seed(0)
     step(shared, x, mask, y)
     assert shared.passion.loss_terms().distance.max() < 1e-12
@@ -697,7 +650,7 @@ def test_a_training_loop_that_never_ends_an_epoch_is_warned_once(monkeypatch: py
     model = wrapped(2)
     for _ in range(6):
         step(model, x, mask, y)  # An epoch may be many passes: a warning would be an error here.
-    monkeypatch.setattr("passion_plugin.strategies.passion._STEPS_WITHOUT_EPOCH", 6)
+    monkeypatch.setattr("passion_plugin.training._strategy._STEPS_WITHOUT_EPOCH", 6)
     with pytest.warns(
         PassionWarning, match=r"not been called for 14 samples in 7 steps.*Call it once after each epoch"
     ):

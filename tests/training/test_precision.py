@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
+from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, options_of, spec_of
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import PassionWarning
 from passion_plugin.wrapper import PassionWrapper
@@ -183,7 +183,7 @@ def test_huge_logits_give_finite_terms_and_gradients(scale: float) -> None:
 
 
 def ruled(net: MeanNet, rule: str) -> PassionWrapper:
-    return PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net), strategy=rule)
+    return PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net), **options_of(rule))
 
 
 class Scaled:

@@ -336,7 +336,6 @@ def test_state_lives_in_extra_state_and_not_in_buffers() -> None:
     estimator = PreferenceEstimator(NAMES)
     assert list(estimator.state_dict()) == ["_extra_state"]
     assert not list(estimator.buffers())
-    assert estimator.state_dict()["_extra_state"]["version"] == 1
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -363,16 +362,15 @@ def test_state_of_other_modalities_is_refused_naming_both(names: tuple[str, ...]
     state = PreferenceEstimator(NAMES).state_dict()
     with pytest.raises(ConfigError) as caught:
         PreferenceEstimator(names).load_state_dict(state)
-    assert str(NAMES) in str(caught.value)
-    assert str(names) in str(caught.value)
+    assert str(list(NAMES)) in str(caught.value)
+    assert str(list(names)) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 99}, "version 99"),
         ({"beta": torch.ones(3)}, r"beta has shape .*3"),
-        ({"sums": 1.0}, "sums is 1.0, need a tensor"),
+        ({"sums": 1.0}, "sums is a float, need a torch.float64 tensor"),
     ],
 )
 def test_unreadable_state_is_refused_and_changes_nothing(change: dict, match: str) -> None:
@@ -382,9 +380,9 @@ def test_unreadable_state_is_refused_and_changes_nothing(change: dict, match: st
     assert estimator.epoch == 0
 
 
-@pytest.mark.parametrize("state", [None, {}, {"version": 1}])
+@pytest.mark.parametrize("state", [None, {}, {"epoch": 1}])
 def test_something_that_is_no_state_is_refused(state: object) -> None:
-    with pytest.raises(ConfigError, match="state_dict"):
+    with pytest.raises(ConfigError, match="state of PreferenceEstimator"):
         PreferenceEstimator(NAMES).set_extra_state(state)
 
 
@@ -414,8 +412,8 @@ def test_every_problem_of_the_input_is_reported_at_once(method: str) -> None:
     with pytest.raises(InputError) as caught:
         call(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64))
     message = str(caught.value)
-    assert "distance is int64 (2, 3)" in message
-    assert "presence is int64 (2, 4)" in message
+    assert "distance is a torch.int64 tensor of shape (2, 3)" in message
+    assert "presence is a torch.int64 tensor of shape (2, 4)" in message
     assert "presence.bool()" in message
 
 
@@ -423,8 +421,8 @@ def test_every_problem_of_the_input_is_reported_at_once(method: str) -> None:
     ("distance", "presence", "match"),
     [
         (torch.ones(2, 4), torch.ones(3, 4, dtype=torch.bool), r"\(3, 4\).*\(2, 4\)"),
-        (torch.ones(4), torch.ones(1, 4, dtype=torch.bool), r"distance is float32 \(4,\)"),
-        (torch.ones(2, 4), torch.ones(2, 4), "presence is float32"),
+        (torch.ones(4), torch.ones(1, 4, dtype=torch.bool), r"distance is a torch.float32 tensor of shape \(4,\)"),
+        (torch.ones(2, 4), torch.ones(2, 4), "presence is a torch.float32"),
         (torch.ones(2, 4), torch.tensor([[True] * 4, [False] * 4]), "no modality at all in row 1"),
     ],
 )

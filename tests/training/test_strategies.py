@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
+from passion_plugin import attach, get_passion_state_dict, set_passion_state_dict
 from passion_plugin.baselines import AGM, OGMGE, PMR, RedCore, named_strategy, passion_variant, strategy_names
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, InputError, UsageError

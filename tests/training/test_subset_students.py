@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, DeepNet, MeanNet, batch, spec_of
-from passion_plugin.backbone._students import StudentInput, random_subsets
+from passion_plugin.backbone._student_inputs import StudentInput, random_subsets
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, UsageError
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
-from passion_plugin.training import PassionRule
+from passion_plugin.training import PassionRule, Plain
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:4]
@@ -205,12 +205,12 @@ class TestLoss:
         # Three samples have each of the first two modalities beside another, one the third, two the fourth.
         assert seen == [3, 3, 1, 2, 2]
 
-    @pytest.mark.parametrize("how", [{"memory": "low"}, {"stack_students": True}])
+    @pytest.mark.parametrize("how", [{"memory": "low"}])
     def test_how_passes_run_does_not_matter(self, how: dict[str, Any]) -> None:
         network, losses, gradients = net(), [], []
         for more in ({}, how):
             config = PassionConfig(subset_students=True, **more)
-            model = wrap(network, config, spec=spec_of(network, stackable=True))
+            model = wrap(network, config, spec=spec_of(network))
             losses.append(loss_of(model))
             gradients.append(torch.autograd.grad(losses[-1], list(network.parameters())))
             model.unwrap()
@@ -244,7 +244,7 @@ class TestRefused:
             )
 
     def test_processes_that_wait_for_each_other_in_a_pass_would_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("passion_plugin.step.has_collective_forward", lambda backbone: True)
+        monkeypatch.setattr("passion_plugin.training._engine.has_collective_forward", lambda backbone: True)
         x, mask, _ = batch(PRESENCE, dtype=torch.float64)
         with pytest.raises(UsageError, match="sharded or has SyncBatchNorm layers: leave subset_students out"):
             wrap(net(), ON)(x, mask)
@@ -265,4 +265,4 @@ class TestRefused:
 
     def test_other_rules_have_none(self) -> None:
         with pytest.raises(ConfigError, match="subset_students=True is about PASSION"):
-            wrap(net(), ON, strategy="plain")
+            wrap(net(), ON, strategy=Plain())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, MeanNet, batch, spec_of
+from passion_plugin import get_passion_state_dict, set_passion_state_dict
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import ConfigError, UsageError
+from passion_plugin.errors import ConfigError, PassionWarning, UsageError
 from passion_plugin.losses import segmentation_loss
 from passion_plugin.training import PassionRule
 from passion_plugin.wrapper import PassionWrapper
@@ -95,10 +97,20 @@ def test_it_must_be_a_function_and_has_no_place_in_the_official_mode() -> None:
 
 
 def test_a_state_says_with_which_loss_it_was_made() -> None:
-    saved = wrap(MeanNet(M), F.cross_entropy).addon_state_dict()
-    assert saved["settings"]["unimodal_loss"] == "cross_entropy"
-    wrap(MeanNet(M), F.cross_entropy).load_addon_state_dict(saved)
-    with pytest.raises(ConfigError, match="unimodal_loss: found 'cross_entropy', expected 'segmentation_loss'"):
-        wrap(MeanNet(M), segmentation_loss).load_addon_state_dict(saved)
-    with pytest.raises(ConfigError, match="unimodal_loss"):
-        wrap(MeanNet(M), None).load_addon_state_dict(saved)
+    saved = get_passion_state_dict(wrap(MeanNet(M), F.cross_entropy))
+    assert saved["_extra_state"]["settings"]["unimodal_loss"] == "torch.nn.functional.cross_entropy"
+    set_passion_state_dict(wrap(MeanNet(M), F.cross_entropy), saved)
+    with pytest.warns(PassionWarning, match=r"unimodal_loss was 'torch\.nn\.functional\.cross_entropy' and is"):
+        set_passion_state_dict(wrap(MeanNet(M), segmentation_loss), saved)
+
+
+def test_two_lambdas_are_two_settings() -> None:
+    def named(loss: Any) -> Any:
+        return wrap(MeanNet(M), loss).passion.strategy.settings()["unimodal_loss"]
+
+    first = lambda logits, labels: F.cross_entropy(logits, labels)  # noqa: E731
+    second = lambda logits, labels: 2 * F.cross_entropy(logits, labels)  # noqa: E731
+    assert named(first) != named(second)
+    assert named(first) == named(first)
+    assert named(partial(F.cross_entropy, ignore_index=1)) != named(partial(F.cross_entropy, ignore_index=2))
+    assert "functools.partial" not in named(partial(F.cross_entropy))

@@ -46,9 +46,9 @@ def locate_argument(backbone: nn.Module, key: int | str) -> Argument:
     backbone = getattr(backbone, "_orig_mod", backbone)
     forward = backbone.forward
     owner = getattr(forward, "__self__", backbone)
-    if not isinstance(owner, nn.Module):
-        # Bound to something that is no module: an attached engine, whose signature says nothing.
-        forward = getattr(owner, "previous_forward", None) or type(backbone).forward.__get__(backbone)
+    if hasattr(owner, "previous_forward"):
+        # An attached engine, whose signature says nothing.
+        forward = owner.previous_forward or type(backbone).forward.__get__(backbone)
     try:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):

@@ -140,8 +140,8 @@ PRESETS: dict[str, Preset] = {
             columns=_BRATS,
             fields={
                 "classifier": "decoder_fuse.seg_layer",
-                "coarse": tuple(f"decoder_fuse.prm_generator{level}.prm_layer.1" for level in (1, 2, 3, 4)),
-                "light": _LIGHT,
+                "deep_supervision": tuple(f"decoder_fuse.prm_generator{level}.prm_layer.1" for level in (1, 2, 3, 4)),
+                "student_mode": _LIGHT,
                 "unimodal_outputs": separate_predictions,
             },
         ),
@@ -161,8 +161,8 @@ PRESETS: dict[str, Preset] = {
             columns=_BRATS,
             fields={
                 "classifier": "decoder_fuse.seg_layer",
-                "coarse": tuple(f"decoder_fuse.seg_d{level}" for level in (1, 2, 3, 4)),
-                "light": _LIGHT,
+                "deep_supervision": tuple(f"decoder_fuse.seg_d{level}" for level in (1, 2, 3, 4)),
+                "student_mode": _LIGHT,
                 "unimodal_outputs": separate_predictions,
             },
         ),
@@ -182,8 +182,8 @@ PRESETS: dict[str, Preset] = {
             columns=_BRATS,
             fields={
                 "classifier": "decoder_fusion.seg_layer",
-                "coarse": tuple(f"decoder_fusion.prm_fusion{level}.prm_layer.1" for level in (1, 2, 3, 4, 5)),
-                "light": _LIGHT,
+                "deep_supervision": tuple(f"decoder_fusion.prm_fusion{level}.prm_layer.1" for level in (1, 2, 3, 4, 5)),
+                "student_mode": _LIGHT,
                 "unimodal_outputs": separate_predictions,
             },
         ),

@@ -102,7 +102,7 @@ class EncoderGradientScaling:
                     f"strategy"
                 )
             for parameter in parameters.values():
-                # One by one, so that a Ctrl-C in between leaves none that is not known.
+                _remove_others(parameter)
                 self._handles.append((hook, parameter.register_hook(hook)))
 
     def check(self) -> None:
@@ -129,6 +129,13 @@ class EncoderGradientScaling:
         for _, handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _remove_others(parameter: Tensor) -> None:
+    """Remove the hooks of an engine that this backbone had before: it would be scaled twice."""
+    hooks = parameter._backward_hooks or {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Scale)]:
+        del hooks[key]
 
 
 def check_untied_encoders(

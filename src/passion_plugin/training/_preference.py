@@ -441,9 +441,11 @@ class PreferenceEstimator(nn.Module):
             ConfigError: it is not such a state, or belongs to other modalities; nothing has been changed.
         """
         ours = self.get_extra_state()
-        problems = state_problems(ours, state)
-        if not problems and list(state["modalities"]) != ours["modalities"]:
-            problems = [f"it was saved for {state['modalities']}, this estimator has {ours['modalities']}"]
+        names = state.get("modalities", ours["modalities"]) if isinstance(state, Mapping) else None
+        if names is not None and list(names) != ours["modalities"]:
+            problems = [f"it was saved for {list(names)}, this estimator has {ours['modalities']}"]
+        else:
+            problems = state_problems(ours, state)
         if not problems:
             problems = [
                 f"{name} is not finite" for name in ("beta", "sums", "counts") if not state[name].isfinite().all()

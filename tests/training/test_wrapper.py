@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
+from passion_plugin import attach, detect_spec
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, PassionWarning
 from passion_plugin.wrapper import PassionWrapper
@@ -303,7 +304,7 @@ def test_whether_passes_are_collective_is_asked_at_the_first_step_only_and_again
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[nn.Module] = []
-    monkeypatch.setattr("passion_plugin.step.has_collective_forward", lambda net: bool(asked.append(net)))
+    monkeypatch.setattr("passion_plugin.training._engine.has_collective_forward", lambda net: bool(asked.append(net)))
     model = wrap(MeanNet(M))
     x, mask, y = batch(PRESENCE)
     for _ in range(3):

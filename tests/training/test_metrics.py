@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import NAMES, MeanNet, batch, spec_of
+from models import NAMES, MeanNet, batch, options_of, spec_of
+from passion_plugin import attach
 from passion_plugin.training import EpochReport, LossTerms, Strategy
 from passion_plugin.training._metrics import epoch_metrics, flatten
 from passion_plugin.wrapper import PassionWrapper
@@ -40,7 +41,8 @@ class Halving(Strategy):
 
 def wrap(strategy: Any = None) -> PassionWrapper:
     net = MeanNet(M)
-    return PassionWrapper(net, M, missing_rates=[0.5] * 3, spec=spec_of(net), strategy=strategy)
+    options = {"strategy": strategy} if isinstance(strategy, Strategy) else options_of(strategy)
+    return PassionWrapper(net, M, missing_rates=[0.5] * 3, spec=spec_of(net), **options)
 
 
 def step(model: Any, presence: list[list[int]], seed: int = 0) -> None:
@@ -72,7 +74,7 @@ def test_an_epoch_keeps_every_weight_and_the_preferences_that_were_measured() ->
 
 def test_there_is_nothing_before_the_first_step() -> None:
     assert wrap().passion.metrics() == {}
-    assert wrap("ogm-ge").metrics() == {}
+    assert wrap("ogm-ge").passion.metrics() == {}
 
 
 def test_a_step_gives_the_means_of_the_terms_of_what_was_there() -> None:
@@ -184,5 +186,5 @@ def test_copies_log_what_the_original_does() -> None:
         model = wrap(strategy)
         step(model, MIXED)
         model.end_epoch()
-        assert copy.deepcopy(model).metrics() == model.passion.metrics()
-        assert pickle.loads(pickle.dumps(model)).metrics() == model.passion.metrics()
+        assert copy.deepcopy(model).passion.metrics() == model.passion.metrics()
+        assert pickle.loads(pickle.dumps(model)).passion.metrics() == model.passion.metrics()

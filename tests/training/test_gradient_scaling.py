@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
+from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, set_beta, spec_of
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.training._gradient_scaling import EncoderGradientScaling, check_untied_encoders, scale_gradient
@@ -27,9 +27,7 @@ RARITY = torch.tensor([1.25, 2.0, 4.0], dtype=torch.float64)
 def wrap(net: MeanNet, beta: Tensor | None = BETA, **config: Any) -> PassionWrapper:
     model = PassionWrapper(net, M, missing_rates=(0.2, 0.5, 0.75), spec=spec_of(net), config=PassionConfig(**config))
     if beta is not None:
-        state = get_passion_state_dict(model)
-        state["preference"]["beta"] = beta.clone()
-        set_passion_state_dict(model, state)
+        set_beta(model, beta)
     return model
 
 
@@ -170,9 +168,7 @@ def test_hooks_of_a_deep_copy_act_on_the_copy() -> None:
     wanted = run(model, x, mask, y)
     other = copy.deepcopy(model)
     hooks = [len(p._backward_hooks or {}) for p in net.parameters()]
-    state = get_passion_state_dict(other)
-    state["preference"]["beta"] = 2 * BETA
-    set_passion_state_dict(other, state)
+    set_beta(other, 2 * BETA)
     found = run(other, x, mask, y)
     assert [len(p._backward_hooks or {}) for p in net.parameters()] == hooks
     assert all(p.grad is None for p in net.parameters())

@@ -1,16 +1,11 @@
-"""Bad days: whatever goes wrong in a step, nothing is left behind, nothing is poisoned, and training goes on."""
+"""Whatever goes wrong in a step, nothing is left behind, nothing is poisoned, and training goes on."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-import sys
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-import passion_plugin
-from models import NAMES, DeepNet, MeanNet, batch, copies_gradients, spec_of
-from passion_plugin.backbone import _patching as overrides
-from passion_plugin.backbone._patching import one_at_a_time, undone
+from models import NAMES, DeepNet, MeanNet, NoMaskNet, batch, copies_gradients, options_of, set_beta, spec_of
+from passion_plugin import attach, get_passion_state_dict
 from passion_plugin.baselines import AGM
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, ConfigError, InputError, PassionWarning, UsageError
 from passion_plugin.losses import prototype_distillation
+from passion_plugin.training import Strategy
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
@@ -39,7 +33,10 @@ def wrap(net: Any = None, *, strategy: Any = None, students: str = "replay", **c
     net = MeanNet(M) if net is None else net
     settings = PassionConfig(**config) if config else None
     spec = spec_of(net, students=students)
-    return PassionWrapper(net, M, missing_rates=RATES, spec=spec, config=settings, strategy=strategy)
+    options = (
+        {"strategy": strategy, "config": settings} if isinstance(strategy, Strategy) else options_of(strategy, settings)
+    )
+    return PassionWrapper(net, M, missing_rates=RATES, spec=spec, **options)
 
 
 def step(model: Any, presence: Any = MIXED, seed: int = 0, **shape: Any) -> Tensor:
@@ -197,29 +194,6 @@ class TestExceptions:
                 module.p = 0.0
         goes_on(model)
 
-    @pytest.mark.parametrize("interrupted", [False, True])
-    def test_in_putting_something_back_keep_nothing_else_from_it(self, interrupted: bool) -> None:
-        done: list[str] = []
-
-        def stuck() -> None:
-            done.append("inner")
-            raise ArithmeticError("stuck")
-
-        def run() -> None:
-            outer, inner = undone(lambda: done.append("outer")), undone(stuck)
-            if interrupted:  # between the end of a context and its exit
-                outer.__enter__()
-                inner.__enter__()
-                raise KeyboardInterrupt
-            with outer, inner:
-                pass
-
-        turn: dict[str, int] = {}
-        with pytest.raises(ArithmeticError, match="stuck"):
-            one_at_a_time(turn, run, on_error=lambda: done.append("on error"))
-        assert done == ["inner", "inner", "outer", "on error"]
-        assert (turn, overrides._WAITING.undos) == ({}, [])
-
     def test_with_an_attached_engine_too(self) -> None:
         net = TrappedNet()
         passion = attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
@@ -264,7 +238,7 @@ class TestExceptions:
             return model.passion_loss(y)
 
         with monkeypatch.context() as patch:
-            patch.setattr("passion_plugin.strategies.passion.passion_objective", failing)
+            patch.setattr("passion_plugin.training._strategy.passion_objective", failing)
             with pytest.raises(error, match="on purpose"):
                 model(x, mask, passion_target=y) if single else both()
         assert same(get_passion_state_dict(model), before)
@@ -288,82 +262,10 @@ class TestExceptions:
                 module.p = 0.0
         goes_on(model)
 
-    def test_a_ctrl_c_at_any_line_leaves_nothing_behind(self) -> None:
-        net = DeepNet(M, norm="batch")
-        model = wrap(net)
-        x, mask, y = batch(MIXED)
-        step(model)
-        before = _without_values(holdings(net))
-
-        def run() -> None:
-            model(x, mask, passion_target=y)
-
-        lines = _lines(run)
-        assert len(lines) > 1000
-        places: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for number, place in enumerate(lines):
-            places[place].append(number)
-        # Every line that puts something on or takes it off, in several of its runs; and a sample of the others.
-        critical = {
-            number
-            for (file, _), numbers in places.items()
-            if file in ("overrides.py", "binding.py")
-            for number in (numbers[0], numbers[len(numbers) // 2], numbers[-1])
-        }
-        for number in sorted({*critical, *range(0, len(lines), 41)}):
-            with pytest.raises(KeyboardInterrupt):
-                _interrupted(run, number)
-            assert differing(before, _without_values(holdings(net))) == [], lines[number]
-            assert model.passion.should_distil(training=True), lines[number]
-        goes_on(model)
-
 
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-def _without_values(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if not key.endswith(":value")}
-
-
-@contextmanager
-def _watching(line: Callable[[tuple[str, int]], None]) -> Iterator[None]:
-    """Call ``line`` with file and number of each line of the library that runs."""
-    root = str(Path(passion_plugin.__file__).parent)
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        name = frame.f_code.co_filename
-        if not name.startswith(root):
-            return None
-        if event == "line":
-            line((Path(name).name, frame.f_lineno))
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-def _lines(run: Callable[[], None]) -> list[tuple[str, int]]:
-    places: list[tuple[str, int]] = []
-    with _watching(places.append):
-        run()
-    return places
-
-
-def _interrupted(run: Callable[[], None], number: int) -> None:
-    left = iter(range(number, -1, -1))
-
-    def line(_: tuple[str, int]) -> None:
-        if next(left) == 0:
-            raise KeyboardInterrupt
-
-    with _watching(line):
-        run()
 
 
 class TestNotFinite:
@@ -466,12 +368,11 @@ class TestNotFinite:
 
 def _factors(model: PassionWrapper) -> list[float]:
     """What a rule keeps of a step, and what it would go on with."""
-    state = copy.deepcopy(get_passion_state_dict(model))
-    for part in (state.get("strategy_state", {}), state.get("preference", {})):
-        for key in ("_skipped", "skipped", "_sums", "_counts", "samples_seen"):
-            part.pop(key, None)
-        if "estimator" in part:
-            part["estimator"] = {key: part["estimator"][key] for key in ("sums", "counts", "beta")}
+    state = model.passion.strategy.state_dict()
+    for key in ("_skipped", "skipped", "_sums", "_counts", "sums", "counts", "samples_seen"):
+        state.pop(key, None)
+    if "estimator" in state:
+        state["estimator"] = {key: state["estimator"][key] for key in ("sums", "counts", "beta")}
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     factors = [value for key, value in model.passion.metrics().items() if key.startswith("factor/")]
     return [*factors, *(float(value) for tensor in tensors for value in tensor.flatten())]
@@ -677,41 +578,48 @@ def _clear_module_hooks(model: nn.Module) -> None:
 
 
 class TestTwoEngines:
-    @pytest.mark.parametrize("first", ["wrapper", "attached"])
     @pytest.mark.parametrize("second", ["wrapper", "attached", "compiled", "inside"])
-    def test_on_one_backbone_are_refused_until_the_first_is_gone(self, first: str, second: str) -> None:
+    def test_an_attached_backbone_takes_no_second_one_until_the_first_is_gone(self, second: str) -> None:
         net = MeanNet(M)
 
         def engine(how: str) -> Any:
             if how == "attached":
                 return attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
-            other: Any = net
-            if how == "compiled":
-                other = torch.compile(net, backend="eager")
-            if how == "inside":
-                other = nn.Sequential(net)
+            around = {"wrapper": lambda: net, "inside": lambda: nn.Sequential(net)}
+            other: Any = torch.compile(net, backend="eager") if how == "compiled" else around[how]()
             return PassionWrapper(other, M, missing_rates=RATES)
 
-        one = engine(first)
-        with pytest.raises(
-            UsageError, match=r"this backbone.* has a PassionEngine engine already; unwrap\(\) or detach\(\)"
-        ):
+        one = engine("attached")
+        with pytest.raises(UsageError, match=r"has a PassionEngine already; unwrap\(\) or detach\(\)"):
             engine(second)
-        one.unwrap() if first == "wrapper" else one.detach()
-        two = engine(second)
-        with pytest.raises(UsageError, match="has a PassionEngine engine already"):
-            engine(first)
-        del two
-        if second != "attached":
-            engine(first)
+        one.detach()
+        engine(second)
 
-    def test_copies_have_backbones_of_their_own_and_take_charge_of_them(self) -> None:
+    def test_a_wrapper_is_not_wrapped_again(self) -> None:
         model = wrap()
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            step(other)
-            with pytest.raises(UsageError, match="already"):
-                wrap(other.backbone)
-        wrap(copy.deepcopy(model.backbone))
+        for again in (lambda: PassionWrapper(model, M, missing_rates=RATES), lambda: attach(model, modalities=M)):
+            with pytest.raises(UsageError, match="has a PassionEngine already"):
+                again()
+
+    @pytest.mark.parametrize("strategy", [None, "ogm-ge"])
+    def test_the_same_network_wrapped_anew_is_scaled_once(self, strategy: Any) -> None:
+        """As in a notebook, where the cell that wraps is run again and nobody unwraps."""
+        config = {} if strategy else {"modulation": "encoder"}
+        net, found = MeanNet(M), []
+        for again in (False, True):
+            own = copy.deepcopy(net)
+            if again:
+                stale = wrap(own, strategy=strategy, **config)
+                set_beta(stale, torch.tensor([0.5, 1.0, 1.5])) if strategy is None else None
+                x, mask, y = batch(MIXED)
+                stale(x, mask, passion_target=y)  # and its hooks wait for a backward that never comes
+            model = wrap(own, strategy=strategy, **config)
+            if strategy is None:
+                set_beta(model, torch.tensor([0.5, 1.0, 1.5]))
+            torch.manual_seed(0)
+            step(model)
+            found.append(copies_gradients(own))
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
 
     def test_a_set_up_that_failed_leaves_the_backbone_free(self) -> None:
         net = MeanNet(M)
@@ -721,131 +629,40 @@ class TestTwoEngines:
         assert "nowhere" in str(kept.value)
 
 
-class TestThreads:
-    def test_data_parallel_replicas_are_refused_in_training_and_evaluate(self) -> None:
+def test_data_parallel_replicas_are_refused_in_training_and_evaluate() -> None:
+    net = MeanNet(M)
+    model = wrap(net)
+    replica: Any = model._replicate_for_data_parallel()
+    replica.backbone = net._replicate_for_data_parallel()
+    for name, module in net.named_children():
+        setattr(replica.backbone, name, module)
+    x, mask, y = batch(MIXED)
+    with pytest.raises(UsageError, match=r"replica of DataParallel \(use DistributedDataParallel\)"):
+        replica(x, mask, passion_target=y)
+    model.eval()
+    replica.eval()
+    with torch.no_grad():
+        assert torch.equal(replica(x, mask), model(x, mask))
+    goes_on(model.train())
+
+
+class TestStudentsThatAreTheTeacher:
+    def test_a_replay_that_hides_nothing_is_an_error_at_the_first_batch(self) -> None:
+        net = NoMaskNet(M)
+        spec = spec_of(net, students="replay", mask_argument=None)
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec)
+        x, mask, y = batch([[1, 1, 1]] * 2)
+        with pytest.raises(BackboneError, match=r"the very features of the teacher.*students='mixed'"):
+            model(x, passion_presence=mask, passion_target=y)
+
+    def test_mixed_replay_of_the_same_network_is_fine(self) -> None:
+        net = NoMaskNet(M)
+        spec = spec_of(net, students="mixed", mask_argument=None)
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec)
+        x, mask, y = batch([[1, 1, 1]] * 2)
+        assert model(x, passion_presence=mask, passion_target=y)[1] > 0
+
+    def test_a_classifier_of_zeros_is_no_reason(self) -> None:
         net = MeanNet(M)
-        model = wrap(net)
-        replica: Any = model._replicate_for_data_parallel()
-        replica.backbone = net._replicate_for_data_parallel()
-        for name, module in net.named_children():
-            setattr(replica.backbone, name, module)
-        x, mask, y = batch(MIXED)
-        with pytest.raises(UsageError, match=r"replica of DataParallel \(use DistributedDataParallel\)"):
-            replica(x, mask, passion_target=y)
-        model.eval()
-        replica.eval()
-        with torch.no_grad():
-            assert torch.equal(replica(x, mask), model(x, mask))
-        goes_on(model.train())
-
-    def test_replicas_of_an_attached_backbone_never_give_a_loss(self) -> None:
-        net = MeanNet(M)
-        passion = attach(net, modalities=M, missing_rates=RATES, spec=spec_of(net))
-        x, mask, y = batch(MIXED)
-        replica: Any = net._replicate_for_data_parallel()
-        assert _in_thread(lambda: replica(x, mask)).shape == (3, 3, 4, 4)
-        with pytest.raises(UsageError, match="called in another thread: call both in one thread"):
-            passion.loss(y)
-
-    def test_one_thread_after_the_other_works(self) -> None:
-        model = wrap()
-        wanted = step(wrap(copy.deepcopy(model.backbone)))
-        assert torch.equal(_in_thread(lambda: step(model)), wanted)
-        assert torch.equal(step(model), wanted)
-
-    def test_a_thread_that_comes_into_a_step_is_refused_and_does_no_harm(self) -> None:
-        net = TrappedNet()
-        inside, go_on = threading.Event(), threading.Event()
-
-        class Gate(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                inside.set()
-                assert go_on.wait(20)
-                return x
-
-        for module in net.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        wanted = step(wrap(copy.deepcopy(net)))
-        net.fusion_trap.fuse.left = 0
-        model = wrap(net)
-        gate = net.encoders["t1ce"][-1]
-        net.encoders["t1ce"][-1] = Gate()
-        x, mask, y = batch(MIXED)
-        found: list[Tensor] = []
-        thread = threading.Thread(target=lambda: found.append(step(model)))
-        thread.start()
-        assert inside.wait(20)
-        refused = [
-            lambda: model(x, mask),
-            lambda: model(x, mask, passion_target=y),
-            lambda: model.backbone(x, mask),
-            lambda: model.backbone.classifier(torch.zeros(1, 4, 4, 4)),
-        ]
-        for use in refused:
-            with pytest.raises(UsageError, match="another thread is in a training step"):
-                use()
-        go_on.set()
-        thread.join(20)
-        assert torch.equal(found[0], wanted)
-        net.encoders["t1ce"][-1] = gate
-        goes_on(model)
-
-    def test_threads_that_take_turns_get_their_own_losses(self) -> None:
-        model = wrap()
-        wanted = {seed: step(wrap(copy.deepcopy(model.backbone)), seed=seed) for seed in range(8)}
-        found: dict[int, Tensor] = {}
-        turn = threading.Lock()
-
-        def work(seed: int) -> None:
-            with turn:
-                found[seed] = step(model, seed=seed)
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[seed], wanted[seed]) for seed in wanted)
-
-    def test_threads_without_turns_get_the_right_loss_or_an_error(self) -> None:
-        net = MeanNet(M)
-        model = wrap(net)
-        before = holdings(net)
-        wanted = {seed: step(wrap(copy.deepcopy(net)), seed=seed) for seed in range(4)}
-        wrong: list[str] = []
-        outcomes: list[bool] = []
-
-        def work(seed: int) -> None:
-            x, mask, y = batch(MIXED, seed=seed)
-            for _ in range(25):
-                try:
-                    loss = model(x, mask, passion_target=y)[1]
-                except UsageError as error:
-                    outcomes.append(False)
-                    if "another thread" not in str(error):
-                        wrong.append(str(error))
-                else:
-                    outcomes.append(True)
-                    if not torch.equal(loss, wanted[seed]):
-                        wrong.append(f"{loss} instead of {wanted[seed]}")
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert wrong == []
-        assert len(outcomes) == 100
-        assert any(outcomes)
-        assert differing(before, holdings(net)) == []
-        goes_on(model)
-
-
-def _in_thread(run: Callable[[], Any]) -> Any:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(run()))
-    thread.start()
-    thread.join(20)
-    return found[0]
+        nn.init.zeros_(net.classifier.weight)
+        assert step(wrap(net)).isfinite()
