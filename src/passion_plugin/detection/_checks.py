@@ -12,7 +12,7 @@ from passion_plugin.detection._probe import EFFECT, Probe, equality_tolerance, r
 from passion_plugin.detection._report import BackboneReport, BatchBehaviour, MaskBehaviour, batch_norms
 from passion_plugin.errors import PassionError, quoted
 
-__all__ = ["check_batch", "check_mask", "check_modules", "different_masks", "mask_behaviour", "mask_meaning"]
+__all__ = ["check_batch", "check_mask", "check_modules", "different_masks", "mask_meaning"]
 
 _BLANKED = "Students get a blanked input; keep missing channels blank in your data too"
 
@@ -158,7 +158,7 @@ def _content_matters(probe: Probe) -> bool:
     return bool(torch.isfinite(base).all()) and relative_difference(changed, base) > EFFECT
 
 
-def mask_behaviour(probe: Probe) -> MaskBehaviour:
+def _mask_behaviour(probe: Probe) -> MaskBehaviour:
     """Show one modality after the other by the mask alone, and change content to see what reaches the prediction."""
     count = len(probe.modalities)
     found = MaskBehaviour()
@@ -185,26 +185,24 @@ def mask_behaviour(probe: Probe) -> MaskBehaviour:
     return found
 
 
-def check_mask(
-    report: BackboneReport, found: MaskBehaviour, kind: str, *, inverted: bool, through_call: bool, bool_helps: bool
-) -> None:
-    """Say what it means which columns of the mask show which modality.
+def check_mask(probe: Probe, report: BackboneReport, *, inverted: bool, try_bool: bool, through_call: bool) -> None:
+    """Find out which columns of the mask show which modality, and say what that means.
 
     Args:
+        probe: the backbone, in a sandbox.
         report: to be written to.
-        found: the experiment.
-        kind: format of the mask.
-        inverted: the experiment showed a 1 to say the opposite of what the spec says.
+        inverted: :func:`mask_meaning` is the opposite of what the spec says.
+        try_bool: where the mask has no effect, find out whether a bool mask in its place has.
         through_call: the backbone is run by the user's own function.
-        bool_helps: this mask has no effect, but a bool mask in its place has.
     """
+    found = report.mask = _mask_behaviour(probe)
     names, order = report.modalities, found.permutation()
     if found.failure:
         report.warnings.append(found.failure)
-    elif bool_helps:
+    elif not found.has_effect and try_bool and _bool_mask_has_effect(probe):
         report.problems.append(
-            f"the example mask is of type {kind} and hides nothing, while a torch.bool mask does: the backbone "
-            f"uses it as an index. Pass mask.bool()"
+            f"the example mask is of type {probe.convention.mask_format} and hides nothing, while a torch.bool mask "
+            f"does: the backbone uses it as an index. Pass mask.bool()"
         )
     elif not found.has_effect:
         report.warnings.append(
@@ -216,12 +214,12 @@ def check_mask(
             "other value"
         )
     elif order is not None:
-        columns = tuple(names[m] for m in order)
         switched = "; ".join(f"mask column {k} switches {names[m]!r}" for k, m in enumerate(order))
-        cure = "Put the columns in order in forward_fn=" if through_call else f"Pass mask_columns={columns!r}"
+        columns = f"Pass mask_columns={tuple(names[m] for m in order)!r}"
         report.problems.append(
-            f"the columns of the mask do not have the order of the images: {switched}. {cure}, or give modalities "
-            f"and images in the order of the mask"
+            f"the columns of the mask do not have the order of the images: {switched}. "
+            f"{'Put the columns in order in forward_fn=' if through_call else columns}, or give modalities and images "
+            f"in the order of the mask"
         )
     elif found.columns:
         report.problems += [
@@ -230,9 +228,16 @@ def check_mask(
             f"column switches"
             for k, shown in found.columns.items()
         ]
-    elif any(leak > EFFECT for leak in found.leak):
-        worst = max(range(len(found.leak)), key=lambda m: found.leak[m])
+    elif (worst := max(found.leak)) > EFFECT:
         report.warnings.append(
-            f"content of masked modalities leaks into the prediction (by {found.leak[worst]:.1e} with only "
-            f"{names[worst]!r} present): the mask alone does not hide it. {_BLANKED}"
+            f"content of masked modalities leaks into the prediction (by {worst:.1e} with only "
+            f"{names[found.leak.index(worst)]!r} present): the mask alone does not hide it. {_BLANKED}"
         )
+
+
+def _bool_mask_has_effect(probe: Probe) -> bool:
+    before = probe.convention
+    probe.set_convention(replace(before, mask_format="bool"))
+    found = _mask_behaviour(probe)
+    probe.set_convention(before)
+    return found.has_effect and not found.failure

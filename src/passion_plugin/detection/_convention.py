@@ -124,10 +124,7 @@ def infer_call_convention(
 
 
 def _mask_argument(
-    backbone: nn.Module,
-    call: BackboneCall,
-    images: int | str | Sequence[int | str],
-    modalities: Sequence[str],
+    backbone: nn.Module, call: BackboneCall, images: int | str | Sequence[int | str], modalities: Sequence[str]
 ) -> int | str | None:
     """Return where the mask is: the first bool tensor (B, M), else the second argument, if there is one."""
     used = as_tuple(images) or (images,)

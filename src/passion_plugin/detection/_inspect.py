@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from passion_plugin.backbone import BackboneCall, BackboneSpec
-from passion_plugin.detection._convention import CallConvention, example_call, infer_call_convention, infer_modalities
+from passion_plugin.detection._convention import example_call, infer_call_convention, infer_modalities
 from passion_plugin.detection._inspector import Inspector
 from passion_plugin.detection._probe import BackboneRunError, Probe
 from passion_plugin.detection._report import BackboneReport, module_summary
@@ -83,11 +83,7 @@ def detect_spec(
 
 
 def inspect_call(
-    backbone: nn.Module,
-    call: BackboneCall,
-    modalities: Sequence[str],
-    *,
-    spec: BackboneSpec | None = None,
+    backbone: nn.Module, call: BackboneCall, modalities: Sequence[str], *, spec: BackboneSpec | None = None
 ) -> BackboneReport:
     """Find out how a backbone can be wrapped, with the arguments of a real call.
 
@@ -103,11 +99,7 @@ def inspect_call(
 
 
 def _inspect_example(
-    backbone: nn.Module,
-    example_input: Any,
-    example_mask: Any,
-    modalities: Sequence[str] | None,
-    known: dict[str, Any],
+    backbone: nn.Module, example_input: Any, example_mask: Any, modalities: Sequence[str] | None, known: dict[str, Any]
 ) -> BackboneReport:
     names = {field.name for field in fields(BackboneSpec)}
     for name in known:
@@ -139,27 +131,15 @@ def _inspect(
     searching: bool,
     through_call: bool,
 ) -> BackboneReport:
-    """Fill the report.
-
-    Args:
-        report: of the backbone and its modalities.
-        backbone: the module.
-        call: a call of it, or ``(images, mask)`` with ``through_call``.
-        known: fields of the spec; all of them unless ``searching``.
-        searching: whether encoders and classifier are to be found.
-        through_call: every pass goes through the ``forward_fn`` that is known.
-    """
+    """Fill the report; with ``through_call`` the call is ``(images, mask)`` for the ``forward_fn`` that is known."""
     if len(report.modalities) < 2:
         report.problems.append(f"there must be at least two modalities, got {report.modalities}: pass modalities=")
         return report
     hint = ""
     try:
         convention = infer_call_convention(backbone, call, report.modalities, known)
-        called = convention
-        if through_call:
-            called = CallConvention(fill_missing=convention.fill_missing, forward_fn=convention.forward_fn)
         classifier = known.get("classifier")
-        probe = Probe(backbone, call, report.modalities, called, through_call=through_call, classifier=classifier)
+        probe = Probe(backbone, call, report.modalities, convention, through_call=through_call, classifier=classifier)
         hint = probe.vector_hint()
         lazy = lazy_parameters(backbone)
         if lazy:

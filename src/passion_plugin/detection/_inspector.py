@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from passion_plugin.backbone import PREDICTION_KEYS, BackboneSpec, rival_predictions
-from passion_plugin.detection._checks import check_batch, check_mask, check_modules, mask_behaviour, mask_meaning
+from passion_plugin.detection._checks import check_batch, check_mask, check_modules, mask_meaning
 from passion_plugin.detection._convention import CallConvention
 from passion_plugin.detection._encoders import Encoders, FoundModules, find_modules, uneven_channels
 from passion_plugin.detection._gradients import check_buffers, check_training, cut_off_encoders, skipping_difference
@@ -56,13 +56,18 @@ class Inspector:
             return
         meaning = mask_meaning(probe)
         if self.searching and not probe.through_call and "mask_meaning" not in known:
-            self._set_convention(replace(self.convention, mask_meaning=meaning))
+            self.convention = replace(self.convention, mask_meaning=meaning)
+            probe.set_convention(self.convention)
         through = "through the given call, with a bool mask, 1 = present"
         report.convention = through if probe.through_call else str(self.convention)
         one_mask = not known.get("per_sample_masks", True)
         per_sample_masks = check_batch(probe, report, one_mask=one_mask) and not one_mask
-        if probe.convention.mask_argument is not None:
-            self._check_mask(inverted=meaning != probe.convention.mask_meaning)
+        how = probe.convention
+        if how.mask_argument is not None:
+            through_call = probe.through_call or how.forward_fn is not None
+            try_bool = self.searching and not probe.through_call and how.mask_format in ("int", "float")
+            inverted = meaning != how.mask_meaning
+            check_mask(probe, report, inverted=inverted, try_bool=try_bool, through_call=through_call)
         if problem := uneven_channels(probe):
             report.problems.append(problem)
         alternatives: Sequence[Encoders] = ()
@@ -88,23 +93,6 @@ class Inspector:
                 f"classifier="
             )
         return bool(rivals)
-
-    def _set_convention(self, convention: CallConvention) -> None:
-        self.convention = convention
-        self.probe.set_convention(convention)
-
-    def _check_mask(self, *, inverted: bool) -> None:
-        found = self.report.mask = mask_behaviour(self.probe)
-        before, bool_helps = self.convention, False
-        idle = not found.failure and not found.has_effect
-        if idle and self.searching and before.mask_format in ("int", "float") and not self.probe.through_call:
-            self._set_convention(replace(before, mask_format="bool"))
-            with_bool = mask_behaviour(self.probe)
-            bool_helps = with_bool.has_effect and not with_bool.failure
-            self._set_convention(before)
-        through_call = self.probe.through_call or self.convention.forward_fn is not None
-        kind = str(before.mask_format)
-        check_mask(self.report, found, kind, inverted=inverted, through_call=through_call, bool_helps=bool_helps)
 
     def _found_spec(self, per_sample_masks: bool) -> tuple[BackboneSpec | None, Sequence[Encoders]]:
         """Return the spec, if a classifier was found, and sets of encoder modules to try instead of its own."""
@@ -176,16 +164,9 @@ class Inspector:
         spec, alternatives = self._without_cut_off_encoders(spec, alternatives)
         if report.problems:
             return None
-        truth = true_runs(probe, spec, per_sample_masks=spec.per_sample_masks and not self._noisy)
-        report.alone = truth.finite
-        if truth.unhidden:
-            report.warnings.append(
-                f"fill_missing= does not hide content: with only {', '.join(truth.unhidden)} kept, the content of the "
-                f"others still changes the prediction"
-            )
-        against = truth.reasons_against()
-        if spec.students == "heads" or against:
-            decided = self._with_heads(spec, against)
+        truth = true_runs(probe, report, spec, per_sample_masks=spec.per_sample_masks and not self._noisy)
+        if spec.students == "heads" or truth.reasons_against:
+            decided = self._with_heads(spec, truth.reasons_against)
         else:
             decided = self._with_students(spec, truth, alternatives)
         if decided is None:

@@ -111,8 +111,7 @@ class Probe:
         call: arguments of a call as its user makes it.
         modalities: names.
         convention: how it is called.
-        through_call: the template is no call of the backbone but ``(images, bool mask)``, for the user's own
-            ``convention.forward_fn``.
+        through_call: the template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``.
         classifier: name of the module that gives the prediction, where it is known; otherwise the prediction is what
             looks like one in what the backbone returns.
 
@@ -130,6 +129,8 @@ class Probe:
         through_call: bool = False,
         classifier: str | None = None,
     ) -> None:
+        if through_call:
+            convention = CallConvention(fill_missing=convention.fill_missing, forward_fn=convention.forward_fn)
         self.backbone = backbone
         # A name that does not fit is reported where the spec meets its backbone.
         self.classifier = None if classifier is None else resolve_module(backbone, classifier)[0]

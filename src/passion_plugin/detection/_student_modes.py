@@ -27,18 +27,12 @@ class TrueRuns:
     Attributes:
         tables: masks (B, M) of fused passes whose students are compared.
         alone: for every table and modality the prediction of the rows that have it.
-        finite: for each modality, whether logits and features are finite.
-        own: for each modality, relative change of the logits when its content changes.
-        failures: for each modality, the exception that its run raised.
-        unhidden: modalities whose runs depend on the content of others, which a wrong ``fill_missing`` leaves there.
+        reasons_against: why the backbone cannot predict from a single modality; empty when it can.
     """
 
     tables: list[Tensor]
     alone: list[dict[str, Prediction]] = field(default_factory=list)
-    finite: dict[str, bool] = field(default_factory=dict)
-    own: dict[str, float] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    unhidden: list[str] = field(default_factory=list)
+    reasons_against: list[str] = field(default_factory=list)
 
     @property
     def tolerance(self) -> float:
@@ -46,48 +40,49 @@ class TrueRuns:
         dtypes = [prediction.logits.dtype for alone in self.alone for prediction in alone.values()]
         return equality_tolerance(dtypes[0]) if dtypes else 0.0
 
-    def reasons_against(self) -> list[str]:
-        """Say why the backbone cannot predict from a single modality; nothing when it can."""
-        reasons = [f"only {name!r}: {text}" for name, text in self.failures.items()]
-        reasons += [f"only {name!r}: not finite" for name, finite in self.finite.items() if not finite]
-        reasons += [
-            f"only {name!r}: its content does not reach the prediction"
-            for name, own in self.own.items()
-            if own <= EFFECT and self.finite[name]
-        ]
-        return reasons
 
-
-def true_runs(probe: Probe, spec: BackboneSpec, *, per_sample_masks: bool) -> TrueRuns:
+def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_sample_masks: bool) -> TrueRuns:
     """Run every modality alone.
 
     Args:
         probe: the backbone, in a sandbox.
-        spec: how to talk to it.
+        report: gets what is finite, and a warning where ``fill_missing`` hides nothing.
+        spec: of the backbone.
         per_sample_masks: whether the samples of one batch may have different masks.
     """
     found = TrueRuns(_tables(probe.batch, len(probe.modalities), per_sample_masks))
+    tried: set[str] = set()
+    unhidden = []
     for table in found.tables:
         found.alone.append({})
         for student_input in StudentInput.singles(probe.modalities, table):
             (name,) = student_input.modalities
-            m = probe.modalities.index(name)
-            if name in found.failures or any(name in earlier for earlier in found.alone[:-1]):
+            if name in tried:
                 continue
+            tried.add(name)
+            m = probe.modalities.index(name)
             try:
                 alone = true_student(probe, spec, table, student_input)
                 changed = true_student(probe, spec, table, student_input, m)
             except PassionError as error:
-                found.failures[name] = reason_of(error)
+                found.reasons_against.append(f"only {name!r}: {reason_of(error)}")
                 continue
-            found.finite[name] = all(bool(torch.isfinite(tensor).all()) for tensor in alone.tensors())
-            found.own[name] = relative_difference(changed.logits, alone.logits)
             found.alone[-1][name] = alone
+            report.alone[name] = all(bool(torch.isfinite(tensor).all()) for tensor in alone.tensors())
+            if not report.alone[name]:
+                found.reasons_against.append(f"only {name!r}: not finite")
+            elif relative_difference(changed.logits, alone.logits) <= EFFECT:
+                found.reasons_against.append(f"only {name!r}: its content does not reach the prediction")
             if spec.fill_missing is not None:
                 others = [number for number in range(len(probe.modalities)) if number != m]
                 leaking = true_student(probe, spec, table, student_input, *others)
                 if relative_difference(leaking.logits, alone.logits) > EFFECT:
-                    found.unhidden.append(name)
+                    unhidden.append(name)
+    if unhidden:
+        report.warnings.append(
+            f"fill_missing= does not hide content: with only {', '.join(unhidden)} kept, the content of the others "
+            f"still changes the prediction"
+        )
     return found
 
 
