@@ -17,7 +17,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results-smoke test lint types docs format clean
+.PHONY: help setup demo results-smoke test nightly lint types docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,9 +44,13 @@ results-smoke: $(STAMP) ## the whole chain of an experiment on tiny phantoms: tr
 test: $(STAMP) ## tests, doctests and the code blocks of the documentation
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-lint: $(STAMP) ## ruff: rules and formatting
+nightly: $(STAMP) ## what takes longer than CI may: 2,000 generated networks, batches and mistakes for each fuzz test
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting; import-linter: the layers of docs/architecture.md
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(STAMP) ## mypy
 	$(PY) -m mypy

@@ -35,9 +35,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.data import IncompleteDataset, PresenceTable, draw_presence
 from passion_plugin.errors import ConfigError
 from passion_plugin.evaluation import SubsetResults, evaluate_subsets
-from passion_plugin.report import plot_preference
-from passion_plugin.report._log import RunLog
-from passion_plugin.report._page import write_report
+from passion_plugin.report import RunLog, plot_preference, write_report
 from passion_plugin.training import EpochReport
 from passion_plugin.wrapper import PassionWrapper
 

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from passion_plugin.data import all_subsets, subset_mask, subset_name
 from passion_plugin.evaluation import SubsetResults
-from passion_plugin.report import plot_overlay
-from passion_plugin.report._canvas import new_figure
-from passion_plugin.report._grids import draw_grid
-from passion_plugin.report._overlay import best_slice, draw_case, label_legend
+from passion_plugin.report import best_slice, draw_case, draw_grid, label_legend, new_figure, plot_overlay
 
 if TYPE_CHECKING:
     from examples.data import Cohort
@@ -35,9 +32,9 @@ def heat_maps(plain: SubsetResults, passion: SubsetResults, path: Path, credit: 
     largest = max(float(values["difference"].abs().nan_to_num().max()), 1.0)
     for axes, (name, grid) in zip(figure.subplots(1, len(panels), sharey=True), values.items(), strict=True):
         signed = name == "difference"
-        look: dict[str, Any] = {"form": ".0f", "limits": (0, 100)}
+        look: dict[str, Any] = {"form": ".0f", "vmin": 0, "vmax": 100}
         if signed:
-            look = {"form": "+.1f", "limits": (-largest, largest), "cmap": "RdBu"}
+            look = {"form": "+.1f", "vmin": -largest, "vmax": largest}
         draw_grid(axes, grid, rows=plain.subsets, columns=plain.targets, fontsize=7, **look)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_title(f"{name}, Dice {'(points)' if signed else '(%)'}", fontsize=9)

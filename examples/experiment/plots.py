@@ -19,9 +19,7 @@ from examples.experiment.comparison import Comparison, rarest
 from examples.experiment.stats import by_patient, patient_means
 from examples.experiment.store import Store
 from examples.experiment.views import predict_whole
-from passion_plugin.report._canvas import COLOURS, new_figure
-from passion_plugin.report._grids import draw_grid, tilt_columns
-from passion_plugin.report._overlay import best_slice, draw_case, label_legend
+from passion_plugin.report import COLOURS, best_slice, draw_case, draw_grid, label_legend, new_figure
 
 __all__ = ["PLOTS", "overlays"]
 
@@ -71,10 +69,9 @@ def heat_map(of: Comparison, path: Path) -> None:
         grid = np.array([[100 * _level(of, group, subset, name) for subset in of.subsets] for name in names])
         # The hyper-parameters of a strategy get a line of their own.
         rows = [name.replace(":", ":\n") for name in names]
-        draw_grid(axes, grid, rows=rows, columns=of.subsets, form=".0f", fontsize=7)
+        draw_grid(axes, grid, rows=rows, columns=of.subsets, form=".0f", fontsize=7, tilt=True)
         axes.tick_params(axis="y", labelsize=7)
         axes.tick_params(axis="x", labelsize=8)
-        tilt_columns(axes)
         axes.set_title(f"{of.label(group)}, Dice (%)", fontsize=9)
     figures.foot(figure, of.study.credit)
     figure.savefig(path, dpi=110)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-import math
 import os
 import shlex
 import sys
@@ -20,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from passion_plugin.backbone import PRESETS, preset
-from passion_plugin.data import draw_presence, modality_problems, read_text, write_split_csv
+from passion_plugin.data import draw_presence, modality_problems, write_split_csv
 from passion_plugin.detection import inspect_backbone
 from passion_plugin.errors import ConfigError, PassionError, suggest
+from passion_plugin.report import write_report
 
 __all__ = ["main"]
 
 _MASKS = {"bool": torch.bool, "int": torch.int64, "float": torch.float32, "none": None}
-
-_MOST_NUMBERS = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     options.command = shlex.join(["python", "-m", "passion_plugin", *words])
     problems: list[str] = []
-    code = 2
     try:
         code = options.run(options, problems)
-    except (PassionError, OSError) as error:
+    except (PassionError, OSError, ImportError) as error:  # ImportError: an extra is not installed.
         problems.append(str(error))
+        code = options.failed
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return code
@@ -66,53 +64,53 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="inspect | split | report")
 
     look = commands.add_parser("inspect", help="report how a model can be wrapped", allow_abbrev=False)
-    look.set_defaults(run=_inspect)
+    look.set_defaults(run=_inspect, failed=2)
     look.add_argument("model", metavar="MODULE:FACTORY", help="what returns the model when called without arguments")
     look.add_argument("--input", required=True, metavar="B,C,*SPATIAL", help="shape of the images: 1,4,80,80,80")
     look.add_argument("--modalities", metavar="NAMES", help="flair,t1ce,t1,t2 in mask-column order; one per channel")
-    look.add_argument("--spec", metavar="PRESET", help=f"do not search, check this preset: {', '.join(PRESETS)}")
+    look.add_argument("--spec", metavar="PRESET", help=f"a known network instead of a search: {', '.join(PRESETS)}")
     look.add_argument("--mask", choices=_MASKS, help="type of the mask, the second argument of the model (bool)")
 
     draw = commands.add_parser("split", help="draw which sample misses what", allow_abbrev=False)
-    draw.set_defaults(run=_split)
+    draw.set_defaults(run=_split, failed=2)
     draw.add_argument("names", metavar="FILE", help="names of the samples, one per line; - for standard input")
     draw.add_argument("--rates", required=True, metavar="NAME=RATE,…", help="missing rates in mask-column order")
-    draw.add_argument("--seed", required=True, metavar="N", help="whole number, so that the draw can be repeated")
+    draw.add_argument("--seed", required=True, metavar="N", help="integer, so that the draw can be repeated")
     draw.add_argument("--out", metavar="CSV", help="write the split file of the published code, for four modalities")
     draw.add_argument("--table", metavar="CSV", help="write a presence table: any modalities, with names and rates")
 
     page = commands.add_parser("report", help="make one HTML file of a run", allow_abbrev=False)
-    page.set_defaults(run=_report)
+    page.set_defaults(run=_report, failed=1)
     page.add_argument("folder", metavar="RUN_DIR", help="folder with metrics.jsonl, results.csv and overlays/*.png")
     page.add_argument("--out", metavar="HTML", help="the file to write (RUN_DIR/report.html)")
     return parser
 
 
 def _inspect(options: argparse.Namespace, problems: list[str]) -> int:
-    shape = _shape(options.input, problems)
-    names = _modalities(options.modalities, shape, problems)
-    if options.spec is not None and options.spec not in PRESETS:
-        problems.append(f"--spec: unknown preset {options.spec!r}.{suggest(options.spec, PRESETS)}")
-    if options.spec is not None and options.mask is not None:
-        problems.append("--mask beside --spec: the preset says what the mask looks like, leave --mask out")
+    shape = [_number(int, part) for part in options.input.split(",")]
+    if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        problems.append(
+            f"--input: {options.input!r} is no shape; need batch, channels and spatial sizes such as 1,4,80,80,80"
+        )
+        shape = []  # The other options are checked all the same.
+    names = [str(channel) for channel in range(shape[1] if shape else 0)]
+    if options.modalities is not None:
+        names = [name.strip() for name in options.modalities.split(",")]
+        problems += [f"--modalities: {problem}" for problem in modality_problems(names)]
     torch.manual_seed(0)  # The same report each time.
     model = _model(options.model, problems)
-    if model is None or shape is None or problems:
+    if model is None or problems:
         return 2
     known = {}
     if options.spec is not None:
         spec = preset(options.spec, model, names)
         known = {field.name: getattr(spec, field.name) for field in fields(spec)}
     kind = _MASKS[options.mask or "bool"]
-    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
-    everything = 0 if known.get("mask_meaning") == "missing" else 1
-    mask = None if kind is None else torch.full((shape[0], len(names)), everything, dtype=kind, device=first.device)
-    images: Tensor = torch.randn(shape, device=first.device, dtype=first.dtype)
-    try:
-        return 1 if inspect_backbone(model, images, mask, modalities=names, **known).problems else 0
-    except SystemExit as error:
-        problems.append(f"model: it ended the program while it was run: {_reason(error)}")
-        return 1
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+    present = 0 if known.get("mask_meaning") == "missing" else 1
+    mask = None if kind is None else torch.full((shape[0], len(names)), present, dtype=kind, device=like.device)
+    images = torch.randn(shape, device=like.device, dtype=like.dtype)
+    return 1 if inspect_backbone(model, images, mask, modalities=names, **known).problems else 0
 
 
 def _split(options: argparse.Namespace, problems: list[str]) -> int:
@@ -136,7 +134,7 @@ def _split(options: argparse.Namespace, problems: list[str]) -> int:
         problems.append(f"--out: the format is for four modalities, here are {len(rates)}; use --table for any number")
     try:
         # Without names, any sample will do to find out what else is wrong.
-        table = draw_presence(names or ("unknown",), rates, seed=_number(int, options.seed))
+        table = draw_presence(names or ["unknown"], rates, seed=_number(int, options.seed))
     except ConfigError as error:
         problems.append(str(error))
     if problems:
@@ -150,41 +148,11 @@ def _split(options: argparse.Namespace, problems: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, problems: list[str]) -> int:
-    # Pictures are needed here only.
-    from passion_plugin.report import write_report
-
-    try:
-        path, run = write_report(options.folder, options.out, command=options.command)
-    except (PassionError, OSError, ImportError) as error:
-        problems.append(str(error))
-        return 1
+    path, run = write_report(options.folder, options.out, command=options.command)
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     print(path)
     return 0
-
-
-def _shape(text: str, problems: list[str]) -> tuple[int, ...] | None:
-    shape = [_number(int, part) for part in text.split(",")]
-    if len(shape) < 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        problems.append(f"--input: {text!r} is no shape; need batch, channels and spatial sizes such as 1,4,80,80,80")
-    elif math.prod(shape) > _MOST_NUMBERS:
-        problems.append(f"--input: {text!r} is more than {_MOST_NUMBERS} numbers; a small crop is enough")
-    else:
-        return tuple(shape)
-    return None
-
-
-def _modalities(text: str | None, shape: tuple[int, ...] | None, problems: list[str]) -> tuple[str, ...]:
-    if text is None:
-        return tuple(map(str, range(shape[1] if shape else 0)))
-    names = tuple(name.strip() for name in text.split(","))
-    problems += [f"--modalities: {problem}" for problem in modality_problems(names)]
-    if len(names) < 2:
-        problems.append(f"--modalities: {text!r} is one name; need at least two, separated by commas")
-    elif shape and shape[1] % len(names):
-        problems.append(f"--modalities: {len(names)} names do not share the {shape[1]} channels of --input evenly")
-    return names
 
 
 def _model(text: str, problems: list[str]) -> nn.Module | None:
@@ -193,20 +161,19 @@ def _model(text: str, problems: list[str]) -> nn.Module | None:
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         problems.append(f"model: {text!r} is not module:factory; that of nets/unet.py is nets.unet:factory")
         return None
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
         if not hasattr(module, name):
-            public = [found for found, value in vars(module).items() if callable(value) and found[0] != "_"]
-            problems.append(f"model: module {module_name!r} has no {name!r}.{suggest(name, public)}")
+            problems.append(f"model: module {module_name!r} has no {name!r}.{suggest(name, vars(module))}")
             return None
         factory = getattr(module, name)
         model = factory if isinstance(factory, nn.Module) else factory()
     # SystemExit: a script that reads its own arguments when it is imported.
     except (Exception, SystemExit) as error:
-        problems.append(f"model: importing {text} and calling it without arguments failed: {_reason(error)}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error} (line {frame.lineno} of {frame.filename})".split())
+        problems.append(f"model: importing {text} and calling it without arguments failed: {reason}")
         return None
     if not isinstance(model, nn.Module):
         problems.append(f"model: {text} gives {type(model).__name__}; need a torch.nn.Module")
@@ -214,27 +181,14 @@ def _model(text: str, problems: list[str]) -> nn.Module | None:
     return model
 
 
-def _reason(error: BaseException) -> str:
-    """Return what went wrong in one line, and where, unless that is in here."""
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    elsewhere = frame.filename != __file__ and "importlib" not in frame.filename
-    return f"{message} (line {frame.lineno} of {frame.filename})" if elsewhere else message
-
-
-def _names(path: str, problems: list[str]) -> tuple[str, ...]:
+def _names(path: str, problems: list[str]) -> list[str]:
     try:
-        text = sys.stdin.read().removeprefix("\ufeff") if path == "-" else read_text(path)
-    except OSError as error:
-        problems.append(f"{path}: {error.strerror}")
-        return ()
-    except ConfigError as error:
-        problems.append(str(error))
-        return ()
-    except UnicodeDecodeError as error:
-        problems.append(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})")
-        return ()
-    names = tuple(line.strip() for line in text.split("\n") if line.strip())
+        # utf-8-sig: editors on Windows begin a file with a byte order mark.
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: {error.strerror if isinstance(error, OSError) else f'not UTF-8 text ({error})'}")
+        return []
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         problems.append(f"{path}: no names in it; need one per line")
     return names

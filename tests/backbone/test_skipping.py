@@ -242,3 +242,46 @@ def test_unknown_setting_is_an_error(value: Any) -> None:
 def test_skippable_needs_encoders() -> None:
     with pytest.raises(ConfigError, match="can_skip_encoders=True needs"):
         BackboneSpec(classifier="c", can_skip_encoders=True)
+
+
+class Warm(nn.Module):
+    """An encoder that is given a number which changes at every step, such as a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor, temperature: float, flag: bool) -> Tensor:
+        self.rows.append(len(x))
+        return self.conv(x) * temperature
+
+
+class WarmNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: Warm() for name in THREE})
+        self.classifier = nn.Conv2d(4, 3, 1)
+        self.temperature = 1.0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        self.temperature *= 0.99
+        features = [self.encoders[name](x[:, m : m + 1], self.temperature, True) for m, name in enumerate(THREE)]
+        weight = mask[:, :, None, None, None].float()
+        return self.classifier((torch.stack(features, 1) * weight).sum(1))
+
+
+def test_a_number_that_changes_at_every_step_neither_runs_the_encoder_nor_fills_memory() -> None:
+    net = WarmNet()
+    spec = BackboneSpec(
+        classifier="classifier",
+        encoders={name: f"encoders.{name}" for name in THREE},
+        students="replay",
+        can_skip_encoders=True,
+    )
+    model = PassionWrapper(net, THREE, missing_rates=(0.2, 0.4, 0.6), spec=spec)
+    x, mask, y = batch(LACKING)
+    for _ in range(5):
+        model(x, mask, passion_target=y)
+    assert net.encoders["t1ce"].rows == [1], "only the first step had to find out which shapes it returns"
+    assert len(model.passion.adapter.layouts) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from models import NAMES, MeanNet, batch, spec_of
+from passion_plugin.baselines import AGM
 from passion_plugin.errors import UsageError
 from passion_plugin.integrations.lightning import PassionCallback
-from passion_plugin.training import PassionEngine
+from passion_plugin.training import PassionEngine, Strategy, attach, get_passion_state_dict
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
@@ -52,11 +53,13 @@ class Batches:
 
 
 class Module(pl.LightningModule):
-    def __init__(self, strategy: str | None = None) -> None:
+    def __init__(self, strategy: Callable[[], Strategy] | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         net = MeanNet(M)
-        self.network = PassionWrapper(net, M, missing_rates=[0.5] * 3, spec=spec_of(net), strategy=strategy)
+        self.network = PassionWrapper(
+            net, M, missing_rates=[0.5] * 3, spec=spec_of(net), strategy=strategy and strategy()
+        )
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         x, mask, y = batch
@@ -121,8 +124,8 @@ def test_the_weights_are_those_of_a_plain_loop(accumulate: int, ends: list[Passi
                 optimizer.step()
                 optimizer.zero_grad()
         plain.network.end_epoch()
-    assert torch.equal(module.network.preference.beta, plain.network.preference.beta)
-    assert (plain.network.preference.beta != 1).any()
+    assert torch.equal(module.network.passion.preference.beta, plain.network.passion.preference.beta)
+    assert (plain.network.passion.preference.beta != 1).any()
     for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -188,23 +191,27 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("strategy", [None, "agm"])
+def first_checkpoint(module: Module, when: str, folder: Path) -> Path:
+    """Train for two epochs and return the first checkpoint."""
+    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **SAVED[when])
+    fit(module, PassionCallback(), saving, epochs=2)
+    return min(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
+
+
+@pytest.mark.parametrize("strategy", [None, AGM])
 @pytest.mark.parametrize("when", SAVED)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    when: str, strategy: str | None, tmp_path: Path, ends: list[PassionEngine]
+    when: str, strategy: Callable[[], Strategy] | None, tmp_path: Path, ends: list[PassionEngine]
 ) -> None:
     whole = Module(strategy)
     fit(whole, PassionCallback(), epochs=4)
     assert len(ends) == 4
 
-    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **SAVED[when])
-    fit(Module(strategy), PassionCallback(), saving, epochs=2)
-    first = min(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
     resumed = Module(strategy)
-    fit(resumed, PassionCallback(), epochs=4, ckpt=first)
+    fit(resumed, PassionCallback(), epochs=4, ckpt=first_checkpoint(Module(strategy), when, tmp_path))
 
-    assert same(resumed.get_passion_state_dict(network), whole.get_passion_state_dict(network))
-    assert resumed.network.metrics() == whole.network.metrics()
+    assert same(get_passion_state_dict(resumed), get_passion_state_dict(whole))
+    assert resumed.network.passion.metrics() == whole.network.passion.metrics()
     for name, value in resumed.network.backbone.state_dict().items():
         assert torch.equal(value, whole.network.backbone.state_dict()[name])
 
@@ -240,26 +247,41 @@ def test_of_several_wrappers_each_gets_a_callback_of_its_own(tmp_path: Path) -> 
     module = Two()
     callbacks = [PassionCallback(module.network, prefix="a/"), PassionCallback(module.other, prefix="b/")]
     trainer = fit(module, *callbacks, epochs=2)
-    assert module.network.preference.epoch == module.other.preference.epoch == 2
+    assert module.network.passion.preference.epoch == module.other.passion.preference.epoch == 2
     assert {"a/beta/flair", "b/beta/flair"} <= set(trainer.callback_metrics)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    states = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
-    assert [len(state["addon"]["modalities"]) for key, state in states.items() if "PassionEngine" in key] == [3, 3]
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)
+    assert {"network.passion._extra_state", "other.passion._extra_state"} <= set(saved["state_dict"])
+    ours = [state for key, state in saved["callbacks"].items() if "PassionCallback" in key]
+    assert ours == [{"open_epoch": None}] * 2, "a wrapper in the module is saved once, with the module"
+
+
+class Attached(Module):
+    """Trains a network with an attached engine, which is no part of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = self.network.unwrap()
+        self.engines = [attach(self.network, modalities=M, missing_rates=[0.5] * 3, spec=spec_of(self.network))]
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        x, mask, y = batch
+        return nn.functional.cross_entropy(self.network(x, mask), y) + self.engines[0].loss(y)
 
 
 def test_an_attached_engine_is_found() -> None:
-    class Attached(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = self.network.unwrap()
-            engine = attach(self.network, modalities=M, missing_rates=[0.5] * 3, spec=spec_of(self.network))
-            object.__setattr__(self, "engine", engine)
-
-        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-            x, mask, y = batch
-            return nn.functional.cross_entropy(self.network(x, mask), y) + self.engine.loss(y)
-
     attached, wrapped = Attached(), Module()
     fit(attached, PassionCallback())
     fit(wrapped, PassionCallback())
-    assert torch.equal(attached.engine.preference.beta, wrapped.network.preference.beta)
+    assert torch.equal(attached.engines[0].preference.beta, wrapped.network.passion.preference.beta)
+
+
+@pytest.mark.parametrize("when", SAVED)
+def test_a_resumed_run_of_an_attached_engine_is_the_uninterrupted_one(when: str, tmp_path: Path) -> None:
+    whole = Attached()
+    fit(whole, PassionCallback(), epochs=3)
+    resumed = Attached()
+    fit(resumed, PassionCallback(), epochs=3, ckpt=first_checkpoint(Attached(), when, tmp_path))
+    assert same(get_passion_state_dict(resumed), get_passion_state_dict(whole))
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

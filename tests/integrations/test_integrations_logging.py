@@ -18,8 +18,7 @@ from passion_plugin.errors import ConfigError, InputError, UsageError
 from passion_plugin.integrations.logging import MetricsLogger, log_metrics
 from passion_plugin.integrations.loss import PassionLoss
 from passion_plugin.integrations.tensorboard import TensorBoardLog
-from passion_plugin.training import PassionEngine
-from passion_plugin.training._engine import find_engine
+from passion_plugin.training import PassionEngine, attach, find_engine
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
@@ -111,7 +110,7 @@ def test_the_loss_is_the_users_plus_the_distillation(target: Any) -> None:
     prediction = model(X, MASK)
     assert torch.equal(loss(prediction, target), prediction.mean() + expected)
     assert seen[0] is target
-    assert list(loss.parameters()) == []
+    assert (list(loss.modules()), list(loss.state_dict())) == ([loss], []), "the engine is no part of the loss"
 
 
 def test_the_loss_of_several_outputs_is_that_of_the_first() -> None:

@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import NAMES, MeanNet, batch, spec_of
-from passion_plugin.training._engine import find_engine
+from passion_plugin.baselines import AGM
+from passion_plugin.training import Strategy, attach, find_engine
 from passion_plugin.wrapper import PassionWrapper
 
 M = NAMES[:3]
 ITEM = batch([[1, 1, 0], [1, 1, 1]])
 
 
-def wrap(strategy: str | None = None) -> PassionWrapper:
+def wrap(strategy: Strategy | None = None) -> PassionWrapper:
     torch.manual_seed(0)
     net = MeanNet(M)
     return PassionWrapper(net, M, missing_rates=[0.5] * 3, spec=spec_of(net), strategy=strategy)
@@ -79,9 +80,9 @@ def assert_the_same(model: Any, losses: list[Tensor], plain: tuple[list[Tensor],
     expected, reference = plain
     assert losses == expected
     model.end_epoch()
-    assert model.passion.metrics() == reference.metrics()
-    assert torch.equal(get_passion_state_dict(model)["preference"]["beta"], reference.preference.beta)
-    assert find_engine(model).metrics() == reference.metrics()
+    assert model.passion.metrics() == reference.passion.metrics()
+    assert torch.equal(find_engine(model).preference.beta, reference.passion.preference.beta)
+    assert find_engine(model).metrics() == reference.passion.metrics()
 
 
 @pytest.mark.parametrize("one_call", [False, True])
@@ -119,16 +120,16 @@ def trained_with_ddp(one_call: bool, plain: tuple[list[Tensor], PassionWrapper])
     assert_the_same(model, train(model, optimizer, fabric.backward, one_call=one_call), plain)
 
 
-@pytest.mark.parametrize("strategy", [None, "agm"])
-def test_fabric_checkpoints_hold_the_engine(strategy: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [None, AGM])
+def test_fabric_checkpoints_hold_the_engine(strategy: Any, tmp_path: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
-    wrapper = wrap(strategy)
+    wrapper = wrap(strategy and strategy())
     model, optimizer = fabric.setup(wrapper, adam(wrapper))
     train(model, optimizer, fabric.backward)
-    fabric.save(tmp_path / "x.ckpt", {"model": model, "optimizer": optimizer, "passion": wrapper.passion})
-    again = wrap(strategy)
+    fabric.save(tmp_path / "x.ckpt", {"model": model, "optimizer": optimizer})
+    again = wrap(strategy and strategy())
     restored, other = fabric.setup(again, adam(again))
-    fabric.load(tmp_path / "x.ckpt", {"model": restored, "optimizer": other, "passion": again.passion})
+    fabric.load(tmp_path / "x.ckpt", {"model": restored, "optimizer": other})
     assert train(restored, other, fabric.backward) == train(model, optimizer, fabric.backward)
     assert again.end_epoch().beta.tolist() == wrapper.end_epoch().beta.tolist()
 
@@ -162,12 +163,11 @@ def test_accelerate_with_a_forward_patched_for_autocast(one_call: bool) -> None:
         assert torch.equal(model(x, mask), wrapper.backbone(x, mask).float())
 
 
-@pytest.mark.parametrize("strategy", [None, "agm"])
-def test_accelerate_checkpoints_hold_the_engine(strategy: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [None, AGM])
+def test_accelerate_checkpoints_hold_the_engine(strategy: Any, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    wrapper = wrap(strategy)
+    wrapper = wrap(strategy and strategy())
     model, optimizer = accelerator.prepare(wrapper, adam(wrapper))
-    accelerator.register_for_checkpointing(wrapper.passion)
     train(model, optimizer, accelerator.backward)
     accelerator.save_state(str(tmp_path), safe_serialization=False)
     expected = train(model, optimizer, accelerator.backward), wrapper.end_epoch().beta.tolist()

@@ -126,7 +126,7 @@ def test_a_plain_ignite_engine_will_do() -> None:
 
 def test_checkpoints_hold_the_engine(tmp_path: Path) -> None:
     def parts(model: PassionWrapper, trainer: SupervisedTrainer) -> dict[str, Any]:
-        return {"net": model, "optimizer": trainer.optimizer, "passion": model.passion, "trainer": trainer}
+        return {"net": model, "optimizer": trainer.optimizer, "trainer": trainer}
 
     first = wrap()
     trainer = trainer_of(first, PassionHandler(first), epochs=1)

@@ -139,7 +139,8 @@ def test_a_preset_is_checked_against_the_model(run: Run) -> None:
     assert errors[0].startswith("error: Net is no rfnet: it has no module ['flair_encoder', ")
 
 
-def test_a_preset_is_used(run: Run) -> None:
+def test_a_preset_is_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "backbone")
     code, report, errors = run("inspect", "test_presets:SmallRFNet", "--input", "1,4,8,8,8", "--spec", "rfnet")
     assert (code, errors) == (0, [])
     assert "decoder_fuse.seg_layer" in report
@@ -158,10 +159,15 @@ def test_every_mistake_of_inspect_is_one_line(run: Run) -> None:
         *("inspect", "nets/unet.py", "--input", "1,4", "--modalities", "t1,t1", "--spec", "rfnett", "--mask", "int")
     )
     assert (code, report) == (2, "")
-    starts = ("--input: '1,4' is no shape", "--modalities: modality 't1' is named more than once", "--spec: unknown")
-    for line, start in zip(errors, (*starts, "--mask beside --spec", "model: 'nets/unet.py' is not"), strict=True):
+    starts = ("--input: '1,4' is no shape", "--modalities: modality 't1' is named more than once")
+    for line, start in zip(errors, (*starts, "model: 'nets/unet.py' is not"), strict=True):
         assert line.startswith(f"error: {start}")
-    assert "Did you mean 'rfnet'?" in errors[2]
+
+
+def test_an_unknown_preset_is_one_line(run: Run) -> None:
+    code, report, errors = run("inspect", "cli_nets:Net", "--input", "2,2,8,8", "--spec", "rfnett")
+    assert (code, report) == (2, "")
+    assert errors == ["error: unknown preset 'rfnett'. Did you mean 'rfnet'?"]
 
 
 @pytest.mark.parametrize(
@@ -184,21 +190,20 @@ def test_a_model_that_cannot_be_made_is_one_line(run: Run, tmp_path: Path, model
     assert message in errors[0]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--input", "1,0,8,8"), "is no shape"),
-        (("--input", "2,x,8"), "is no shape"),
-        (("--input", "1,4,99999,99999"), "is more than 1073741824 numbers; a small crop is enough"),
-        (("--input", "1,4," + "9" * 999), "a small crop is enough"),
-        (("--input", "1,4,8,8", "--modalities", "t1"), "at least two"),
-        (("--input", "1,4,8,8", "--modalities", "a,b,c"), "3 names do not share the 4 channels"),
-    ],
-)
-def test_shapes_and_names_that_make_no_sense(run: Run, words: tuple[str, ...], message: str) -> None:
-    code, _, errors = run("inspect", "cli_nets:Net", *words)
+@pytest.mark.parametrize("shape", ["1,0,8,8", "2,x,8"])
+def test_shapes_that_make_no_sense(run: Run, shape: str) -> None:
+    code, _, errors = run("inspect", "cli_nets:Net", "--input", shape)
     assert (code, len(errors)) == (2, 1)
-    assert message in errors[0]
+    assert "is no shape" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [("t1", "at least two modalities"), ("a,b,c", "must have shape (batch, 3 × channels")]
+)
+def test_names_that_do_not_fit_are_in_the_report(run: Run, names: str, message: str) -> None:
+    code, report, errors = run("inspect", "cli_nets:Net", "--input", "1,4,8,8", "--modalities", names)
+    assert (code, errors) == (1, [])
+    assert message in report
 
 
 @pytest.mark.parametrize(
@@ -286,13 +291,6 @@ def test_images_are_of_the_precision_of_the_model(run: Run, tmp_path: Path, dtyp
     assert code == 0, report
 
 
-def test_a_model_that_ends_the_program_is_no_success(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "cli_exits.py").write_text("import cli_nets\nclass Net(cli_nets.Net):\n def forward(self, *_): exit()")
-    code, _, errors = run("inspect", "cli_exits:Net", "--input", "2,2,8,8")
-    assert (code, len(errors)) == (1, 1)
-    assert "error: model: it ended the program while it was run: SystemExit" in errors[0]
-
-
 @pytest.mark.parametrize(
     "words",
     [("--out", "names.txt"), ("--table", "./names.txt"), ("--out", "same.csv", "--table", "same.csv")],
@@ -344,8 +342,7 @@ def test_the_page_shows_what_the_commands_say(run: Run, tmp_path: Path) -> None:
                 said.append(str(codes[-1]))
             else:
                 subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-        # How large an effect is differs with the build of torch.
-        assert [re.sub(r"\d\.\de[+-]\d\d", "#", line) for line in said] == [
-            re.sub(r"\d\.\de[+-]\d\d", "#", line) for line in shown
-        ]
+        # How large an effect is, and whether a rounding difference is left, differs with the build of torch.
+        number = re.compile(r"\d\.\de[+-]\d\d|(?<=true run )0$")
+        assert [number.sub("#", line) for line in said] == [number.sub("#", line) for line in shown]
     assert codes == [0, 1, 2, 0, 2, 0, 1, 1]

@@ -22,12 +22,7 @@ from passion_plugin.backbone._calls import (
 )
 from passion_plugin.backbone._features import resolve_module
 from passion_plugin.backbone._masks import MaskCodec, check_mask, codec_for, encoded_like
-from passion_plugin.backbone._patching import (
-    patched_attributes,
-    patched_forward,
-    preserved_attributes,
-    preserved_buffers,
-)
+from passion_plugin.backbone._patching import ModuleState, patched_attributes, patched_forward
 from passion_plugin.backbone._skipping import Layouts
 from passion_plugin.backbone._spec import BackboneSpec
 from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
@@ -255,8 +250,12 @@ class BackboneAdapter:
         return vector_hint(self.backbone, call, batch, whole=self._whole)
 
     @contextmanager
-    def student_mode(self) -> Iterator[None]:
-        """Auxiliary outputs off; buffers and attributes at rest."""
+    def student_mode(self, state: ModuleState | None = None) -> Iterator[None]:
+        """Switch auxiliary outputs off, and restore buffers and attributes on exit.
+
+        Args:
+            state: of the backbone, where it was made before; see :class:`ModuleState`.
+        """
         with ExitStack() as stack:
             if self.forward is not None:
                 stack.enter_context(patched_forward({self.backbone: self._bare}))
@@ -264,8 +263,7 @@ class BackboneAdapter:
                 stack.enter_context(self.spec.student_mode(self.backbone))
             else:
                 stack.enter_context(patched_attributes(self.backbone, self.spec.student_mode))
-            stack.enter_context(preserved_buffers(self.backbone))
-            stack.enter_context(preserved_attributes(self.backbone))
+            stack.enter_context((state or ModuleState(self.backbone)).preserved())
             yield
 
     def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -51,10 +51,10 @@ def codec_for(mask_format: str, meaning: str, columns: Sequence[str] | None, mod
         modalities: names, in the order of the user.
     """
     order = [modalities.index(name) for name in columns] if columns else list(range(len(modalities)))
-    inverse = [order.index(m) for m in range(len(modalities))]
-    codec = _TensorCodec if mask_format != "indices" else _IndexCodec
-    translation = codec(mask_format, meaning == "missing", tuple(order), tuple(inverse))
-    return MaskCodec(translation.encode, translation.decode)
+    codec = _BuiltIn(mask_format, meaning == "missing", order)
+    if mask_format == "indices":
+        return MaskCodec(codec.encode_indices, codec.decode_indices)
+    return MaskCodec(codec.encode_tensor, codec.decode_tensor)
 
 
 def encoded_like(given: Any, codec: MaskCodec, mask: Tensor) -> Any:
@@ -118,67 +118,52 @@ def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what:
 
 
 @dataclass(frozen=True)
-class _TensorCodec:
+class _BuiltIn:
     mask_format: str
     inverted: bool
-    order: tuple[int, ...]
-    inverse: tuple[int, ...]
+    order: list[int]
 
-    def encode(self, mask: Tensor) -> Tensor:
-        mask = mask[:, list(self.order)] ^ self.inverted
+    def encode_tensor(self, mask: Tensor) -> Tensor:
         dtype = {"bool": torch.bool, "float": torch.get_default_dtype(), "int": torch.int64}[self.mask_format]
-        return mask.to(dtype)
+        return (mask[:, self.order] ^ self.inverted).to(dtype)
 
-    def decode(self, raw: Any) -> Tensor:
+    def decode_tensor(self, raw: Any) -> Tensor:
         if not isinstance(raw, Tensor):
             raise InputError(f"the mask must be a tensor of format {self.mask_format!r}, got {type(raw).__name__}")
         if reason := unreadable(raw):
             raise InputError(f"the mask {reason}")
-        matches = {
-            "bool": raw.dtype == torch.bool,
-            "float": raw.is_floating_point(),
-            "int": not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool),
-        }[self.mask_format]
-        if not matches:
+        found = "bool" if raw.dtype == torch.bool else "float" if raw.is_floating_point() else "int"
+        if found != self.mask_format or raw.is_complex():
             raise InputError(
                 f"the mask must be a {self.mask_format} tensor for this backbone, got dtype {raw.dtype}: with "
                 f"another dtype many backbones silently mask nothing. Convert it, or set BackboneSpec.mask_format"
             )
-        if raw.dtype != torch.bool and not bool(((raw == 0) | (raw == 1)).all()):
+        if found != "bool" and not bool(((raw == 0) | (raw == 1)).all()):
             raise InputError("the mask must hold only 0 and 1")
         if raw.ndim != 2 or raw.shape[1] != len(self.order):
             raise InputError(f"the mask must have shape (batch, {len(self.order)}), got {tuple(raw.shape)}")
-        return (raw.bool() ^ self.inverted)[:, list(self.inverse)]
+        return (raw.bool() ^ self.inverted)[:, self._inverse()]
 
-
-@dataclass(frozen=True)
-class _IndexCodec:
-    mask_format: str
-    inverted: bool
-    order: tuple[int, ...]
-    inverse: tuple[int, ...]
-
-    def encode(self, mask: Tensor) -> list[int]:
+    def encode_indices(self, mask: Tensor) -> list[int]:
         if not bool((mask == mask[0]).all()):
             raise InputError("a list of indices holds for the whole batch, but the samples have different masks")
-        return (mask[0, list(self.order)] ^ self.inverted).nonzero().flatten().tolist()
+        return (mask[0, self.order] ^ self.inverted).nonzero().flatten().tolist()
 
-    def decode(self, raw: Any) -> Tensor:
+    def decode_indices(self, raw: Any) -> Tensor:
         if isinstance(raw, Tensor):
             if reason := unreadable(raw):
                 raise InputError(f"the mask {reason}")
             raw = raw.tolist()
-        # A bool is an int: [True, False] would be columns 1 and 0.
-        if not isinstance(raw, Sequence) or not all(type(index) is int for index in raw):
-            raise InputError(
-                f"the mask must be a list of modality indices for the whole batch, got {reprlib.repr(raw)}"
-            )
-        indices = list(raw)
         count = len(self.order)
-        if any(not 0 <= index < count for index in indices) or len(set(indices)) != len(indices):
+        # A bool is an int: [True, False] would be columns 1 and 0.
+        whole = isinstance(raw, Sequence) and all(type(index) is int and 0 <= index < count for index in raw)
+        if not whole or len(set(raw)) != len(raw):
             raise InputError(
-                f"the mask, a list of modality indices, must hold each of 0..{count - 1} at most once, got "
-                f"{reprlib.repr(indices)}"
+                f"the mask must be a list of modality indices for the whole batch, each of 0..{count - 1} at most "
+                f"once, got {reprlib.repr(raw)}"
             )
-        listed = torch.tensor([column in indices for column in range(count)])
-        return (listed ^ self.inverted)[list(self.inverse)]
+        listed = torch.tensor([column in raw for column in range(count)])
+        return (listed ^ self.inverted)[self._inverse()]
+
+    def _inverse(self) -> list[int]:
+        return [self.order.index(m) for m in range(len(self.order))]

@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from passion_plugin.backbone._adapter import BackboneAdapter
 from passion_plugin.backbone._calls import BackboneCall
 from passion_plugin.backbone._features import FeatureCache, OutputCapture, clone_tensor
-from passion_plugin.backbone._patching import get_rng_state, patched_forward, preserved_rng_state, set_rng_state
+from passion_plugin.backbone._patching import (
+    ModuleState,
+    get_rng_state,
+    patched_forward,
+    preserved_rng_state,
+    set_rng_state,
+)
 from passion_plugin.backbone._prediction import Prediction
 from passion_plugin.backbone._skipping import skipping
 from passion_plugin.backbone._student_inputs import StudentInput
@@ -50,6 +56,7 @@ class FusedPass:
         prediction: the teacher, with its gradient.
         record: encoder outputs.
         absent: encoder outputs of one sample in which everything is absent, for mixed replay.
+        state: what the modules kept on themselves; listed once for all students of the step.
     """
 
     call: BackboneCall
@@ -58,6 +65,7 @@ class FusedPass:
     prediction: Prediction
     record: FeatureCache
     absent: FeatureCache | None
+    state: ModuleState | None = None
 
 
 def fused_pass(
@@ -104,7 +112,7 @@ def fused_pass(
         record.check_trainable()
     with preserved_rng_state(keep_rng_state):
         absent = _absent_record(adapter, call, len(presence)) if adapter.spec.students == "mixed" else None
-    return FusedPass(call, len(presence), raw, _prediction(captures), record, absent)
+    return FusedPass(call, len(presence), raw, _prediction(captures), record, absent, ModuleState(adapter.backbone))
 
 
 def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: StudentInput) -> Prediction:
@@ -131,7 +139,7 @@ def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: Stud
         others = fused.record.replaying(student_input, fused.batch, others=fused.absent)
     else:
         others = patched_forward(fused.record.no_grad_except(modalities))
-    with adapter.student_mode(), others, _captured(adapter) as captures:
+    with adapter.student_mode(fused.state), others, _captured(adapter) as captures:
         adapter.run_masked(call, keep)
     prediction = _prediction(captures)
     if len(prediction.logits) != len(rows):

@@ -14,11 +14,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from passion_plugin.backbone._patching import Handler
 from passion_plugin.errors import BackboneError
 
-__all__ = ["Layouts", "TensorMeta", "skipping", "zero_with_graph", "zeros_with_graph"]
+__all__ = ["Layouts", "skipping", "zero_with_graph"]
+
+_MOST_LAYOUTS = 256
 
 
 @dataclass(frozen=True)
-class TensorMeta:
+class _TensorMeta:
     """What it takes to make a tensor of zeros."""
 
     size: torch.Size
@@ -26,61 +28,15 @@ class TensorMeta:
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorMeta:
-        """Return the shape of a tensor."""
+    def of(cls, tensor: Tensor) -> _TensorMeta:
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def zeros(self) -> Tensor:
-        """Return zeros."""
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
 
-def zeros_with_graph(shapes: Sequence[TensorMeta], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return zeros of some shapes whose gradient with respect to ``tensors`` is zero rather than None."""
-    return _Zeros.apply(shapes, *tensors)
-
-
-def zero_with_graph(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the scalar 0 with a gradient of zero, which 0 * sum would not have where something is infinite.
-
-    Example:
-        >>> import math
-        >>> weight = torch.tensor([1.0, math.inf], requires_grad=True)
-        >>> zero_with_graph([weight]).backward()
-        >>> weight.grad
-        tensor([0., 0.])
-    """
-    first = tensors[0]
-    return zeros_with_graph([TensorMeta(torch.Size(), first.dtype, first.device)], tensors)[0]
-
-
-class _Zeros(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shapes: Sequence[TensorMeta], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.tensors = [TensorMeta.of(tensor) for tensor in tensors]
-        outputs = tuple(shape.zeros() for shape in shapes)
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        zeros = [
-            shape.zeros() if needed else None
-            for shape, needed in zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return (None, *zeros)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Shapes of an encoder's output, kept from its first run, and what it holds beside tensors."""
-
-    tree: TreeSpec
-    leaves: tuple[Any, ...]
-
-
-Layouts = dict[tuple[Any, ...], _Layout]
-"""What encoders put out, by encoder and arguments; filled as the handlers of :func:`skipping` run."""
+Layouts = dict[tuple[Any, ...], tuple[list[Any], TreeSpec]]
+"""Shapes of what encoders return, by encoder and shapes of its arguments; filled by the handlers of :func:`skipping`."""
 
 
 def skipping(
@@ -114,13 +70,44 @@ def skipping(
             continue
         for place, module in enumerate(encoders[modality]):
             if not len(rows):
-                handlers[module] = functools.partial(_zeros, module, (modality, place), layouts)
+                handlers[module] = functools.partial(_return_zeros, module, (modality, place), layouts)
             elif by_rows:
-                handlers[module] = functools.partial(_some_rows, modality, rows, batch)
+                handlers[module] = functools.partial(_run_rows, modality, rows, batch)
     return handlers
 
 
-def _some_rows(modality: str, rows: Tensor, batch: int, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+def zero_with_graph(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the scalar 0 with a gradient of zero, which 0 * sum would not have where something is infinite.
+
+    Example:
+        >>> import math
+        >>> weight = torch.tensor([1.0, math.inf], requires_grad=True)
+        >>> zero_with_graph([weight]).backward()
+        >>> weight.grad
+        tensor([0., 0.])
+    """
+    first = tensors[0]
+    zero: Tensor = _Zeros.apply([_TensorMeta(torch.Size(), first.dtype, first.device)], *tensors)[0]
+    return zero
+
+
+class _Zeros(torch.autograd.Function):
+    """Zeros of some shapes that pass as a function of other tensors, whose gradient is zero rather than None."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Sequence[_TensorMeta], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.tensors = [_TensorMeta.of(tensor) for tensor in tensors]
+        outputs = tuple(shape.zeros() for shape in shapes)
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
+        return (None, *(shape.zeros() if needs_gradient else None for shape, needs_gradient in needed))
+
+
+def _run_rows(modality: str, rows: Tensor, batch: int, forward: Handler, *args: Any, **kwargs: Any) -> Any:
     def pick(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != batch:
             return leaf
@@ -140,31 +127,35 @@ def _some_rows(modality: str, rows: Tensor, batch: int, forward: Handler, *args:
     return tree_map(spread, forward(*args, **kwargs))
 
 
-def _zeros(
+def _return_zeros(
     module: nn.Module, name: tuple[str, int], layouts: Layouts, forward: Handler, *args: Any, **kwargs: Any
 ) -> Any:
     key = (name, *_signature((args, kwargs)))
     if key not in layouts:
+        if len(layouts) >= _MOST_LAYOUTS:
+            layouts.clear()
         with torch.no_grad():
             leaves, tree = tree_flatten(forward(*args, **kwargs))
-        layouts[key] = _Layout(
-            tree, tuple(TensorMeta.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        )
-    layout = layouts[key]
-    shapes = [leaf for leaf in layout.leaves if isinstance(leaf, TensorMeta)]
-    tensors = iter(zeros_with_graph(shapes, tuple(module.parameters())))
-    return tree_unflatten(
-        [next(tensors) if isinstance(leaf, TensorMeta) else leaf for leaf in layout.leaves], layout.tree
-    )
+        layouts[key] = [_TensorMeta.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
+    leaves, tree = layouts[key]
+    shapes = [leaf for leaf in leaves if isinstance(leaf, _TensorMeta)]
+    zeros = iter(_Zeros.apply(shapes, *module.parameters()))
+    return tree_unflatten([next(zeros) if isinstance(leaf, _TensorMeta) else leaf for leaf in leaves], tree)
 
 
 def _signature(arguments: Any) -> tuple[Any, ...]:
-    """What decides over the shapes that an encoder puts out."""
-    described = [TensorMeta.of(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in tree_flatten(arguments)[0]]
-    devices = {leaf.device.type for leaf in described if isinstance(leaf, TensorMeta)}
+    """What decides over the shapes that an encoder returns: tensors, flags, counts and words, but no other numbers.
+
+    A temperature or a rate that changes at every step would otherwise run the encoder at every step.
+    """
+    leaves = [
+        _TensorMeta.of(leaf) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, (bool, int, str)) else type(leaf)
+        for leaf in tree_flatten(arguments)[0]
+    ]
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, _TensorMeta)}
     autocast = [
         torch.get_autocast_dtype(device)
         for device in sorted(devices)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     ]
-    return (*described, *autocast)
+    return (*leaves, *autocast)

@@ -15,13 +15,12 @@ from passion_plugin.backbone import (
     BackboneAdapter,
     BackboneCall,
     BackboneSpec,
+    ModuleState,
     build_heads,
     channel_share,
     find_preset,
     fused_pass,
     is_sharded,
-    preserved_attributes,
-    preserved_buffers,
     preset,
 )
 from passion_plugin.config import PassionConfig
@@ -174,7 +173,7 @@ def example_heads(adapter: BackboneAdapter, call: BackboneCall) -> nn.ModuleList
         with preserved_modes(backbone):
             adapter.run(call)
     everything = torch.ones(adapter.batch_of(call), len(adapter.modalities), dtype=torch.bool)
-    with torch.random.fork_rng(), preserved_buffers(backbone), preserved_attributes(backbone):
+    with torch.random.fork_rng(), ModuleState(backbone).preserved():
         fused = fused_pass(adapter, call, everything)
         features = {modality: fused.record.features(modality) for modality in adapter.modalities}
         # Autocast keeps weights that it has cast, and PyTorch 2.5 those that were cast without gradient too.

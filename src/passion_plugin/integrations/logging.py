@@ -1,29 +1,28 @@
-"""`model.passion.metrics()` to any logger that takes a dict."""
+"""Metrics of the engine for any logger that takes a dict."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from passion_plugin.errors import ConfigError
 from passion_plugin.training import find_engine
 
-__all__ = ["Log", "MetricsLogger", "log_metrics"]
-
-Log: TypeAlias = Callable[..., Any]
-"""``log(metrics)`` or ``log(metrics, step=step)``: ``wandb.log``, ``mlflow.log_metrics``, ``fabric.log_dict``,
-``accelerator.log``, ``log_metrics`` of a Lightning logger, or a function of your own."""
+__all__ = ["MetricsLogger", "log_metrics"]
 
 
-def log_metrics(model: Any, log: Log, step: int | None = None, *, prefix: str = "passion/") -> dict[str, float]:
-    """Hand ``model.passion.metrics()`` to a logger. The device is waited for.
+def log_metrics(
+    model: Any, log: Callable[..., Any], step: int | None = None, *, prefix: str = "passion/"
+) -> dict[str, float]:
+    """Pass ``model.passion.metrics()`` to a logger. This waits for the device.
 
     Args:
-        model: see :func:`~passion_plugin.find.find_engine`.
-        log: called as ``log(metrics, step=step)``, or ``log(metrics)`` without a step; not at all while there is
-            nothing to log.
+        model: see :func:`~passion_plugin.training.find_engine`.
+        log: ``wandb.log``, ``mlflow.log_metrics``, ``fabric.log_dict``, ``accelerator.log``, ``log_metrics`` of a
+            Lightning logger, or a function of your own. Called as ``log(metrics, step=step)``, or ``log(metrics)``
+            without a step; not called while there are no metrics.
         step: number of the step, for loggers that take one.
-        prefix: put before each name of :meth:`PassionEngine.metrics <passion_plugin.PassionEngine.metrics>`.
+        prefix: put before each name of :meth:`metrics() <passion_plugin.training.PassionEngine.metrics>`.
 
     Returns:
         What was logged.
@@ -40,7 +39,7 @@ def log_metrics(model: Any, log: Log, step: int | None = None, *, prefix: str = 
 
 
 class MetricsLogger:
-    """The same every so many steps; in between, the device is not waited for.
+    """Call :func:`log_metrics` every so many steps, as ``logger(model, step)``; other steps do not wait for the device.
 
     Args:
         log: see :func:`log_metrics`.
@@ -49,18 +48,14 @@ class MetricsLogger:
 
     Raises:
         ConfigError: ``every`` is less than 1.
-
-    Example:
-        >>> logger = MetricsLogger(print, every=50)  # MetricsLogger(wandb.log, every=50)
-        >>> logger(model, step)  # doctest: +SKIP
     """
 
-    def __init__(self, log: Log, *, every: int = 1, prefix: str = "passion/") -> None:
+    def __init__(self, log: Callable[..., Any], *, every: int = 1, prefix: str = "passion/") -> None:
         if every < 1:
             raise ConfigError(f"MetricsLogger: every={every!r}: pass a number of steps, 1 or more")
         self.log, self.every, self.prefix = log, every, prefix
 
     def __call__(self, model: Any, step: int) -> None:
-        """Log the metrics of the model if it is time to."""
+        """Log the metrics of the model if ``step`` is a multiple of ``every``."""
         if step % self.every == 0:
             log_metrics(model, self.log, step, prefix=self.prefix)

@@ -13,14 +13,14 @@ __all__ = ["PassionLoss"]
 
 
 class PassionLoss(nn.Module):
-    """The user's loss plus ``passion_loss``: where a trainer owns the loop, the loss is the place to add it.
+    """The user's loss plus ``passion_loss``, for trainers that own the loop.
 
     In ``eval()`` and without gradients there is nothing to distil and the result is the user's loss alone; the same
     object can serve in validation.
 
     Args:
         loss: the user's own, ``loss(prediction, target)`` to a tensor of any shape.
-        model: see :func:`~passion_plugin.find.find_engine`. It does not become a part of this module.
+        model: see :func:`~passion_plugin.training.find_engine`. It does not become a part of this module.
 
     Raises:
         UsageError: the model has no engine, or several.
@@ -29,31 +29,28 @@ class PassionLoss(nn.Module):
     def __init__(self, loss: Callable[[Any, Any], Tensor], model: Any) -> None:
         super().__init__()
         self.loss = loss
-        self.passion = find_engine(model)
-        # In a tuple, so that the parameters of the model are not those of its loss as well.
-        self._model = (model if isinstance(model, nn.Module) else self.passion.backbone,)
+        engine = find_engine(model)
+        # In a tuple: nn.Module would register them, and the parameters of a model are not those of its loss as well.
+        self._parts = (engine, engine.backbone if model is engine else model)
 
     def forward(self, prediction: Any, target: Any) -> Tensor:
         """Return the user's loss plus that of the last forward.
 
         Args:
             prediction: what the model returned: scores (B, K, *spatial), or a list or tuple that begins with them.
-            target: what the user's loss takes: whole-number labels (B, *spatial) or (B, 1, *spatial), one-hot or
-                region masks (B, K, *spatial), or, for deep supervision, a list that begins with one of these.
+            target: what the user's loss takes: integer labels (B, *spatial) or (B, 1, *spatial), one-hot or region
+                masks (B, K, *spatial), or, for deep supervision, a list that begins with one of these.
 
         Raises:
             UsageError: in training, the model was not called since the last loss.
             InputError: the target has the wrong shape, dtype or content.
         """
         loss = self.loss(prediction, target)
-        if not self.passion.should_distil(self._model[0].training):
+        engine, model = self._parts
+        if not engine.should_distil(model.training):
             return loss
-        scores, labels = _finest(prediction), _finest(target)
+        # Of deep supervision or several outputs the first: the finest resolution, the main output.
+        scores, labels = (value[0] if isinstance(value, list | tuple) else value for value in (prediction, target))
         if isinstance(scores, Tensor) and labels.ndim == scores.ndim and labels.shape[1] == 1 < scores.shape[1]:
             labels = labels[:, 0]
-        return loss + self.passion.loss(labels)
-
-
-def _finest(value: Any) -> Any:
-    """The first entry of a list or tuple: the finest resolution of deep supervision, the main output of several."""
-    return value[0] if isinstance(value, (list, tuple)) else value
+        return loss + engine.loss(labels)

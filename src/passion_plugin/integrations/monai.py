@@ -18,7 +18,7 @@ class PassionHandler:
     trainer stays as it is. Put this handler before those that save checkpoints or print ``engine.state.metrics``.
 
     Args:
-        model: see :func:`~passion_plugin.find.find_engine`.
+        model: see :func:`~passion_plugin.training.find_engine`.
         logger: called after each iteration with the engine and the number of the iteration.
         prefix: put before the names in ``engine.state.metrics``, where the metrics are after each epoch.
 
@@ -34,14 +34,10 @@ class PassionHandler:
         self._evaluator = require("monai.engines", extra="monai", purpose="PassionHandler").Evaluator
 
     def attach(self, engine: Any) -> None:
-        """Register with a trainer.
-
-        Args:
-            engine: an ``ignite.engine.Engine`` such as ``SupervisedTrainer``.
-        """
+        """Register with a trainer, an ``ignite.engine.Engine`` such as ``SupervisedTrainer``."""
         if isinstance(engine, self._evaluator):
             raise UsageError(
-                f"PassionHandler ends the training epoch and belongs to the trainer, not to a {type(engine).__name__}"
+                f"PassionHandler ends training epochs: attach it to the trainer, not to a {type(engine).__name__}"
             )
         engine.add_event_handler(self._events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(self._events.EPOCH_COMPLETED, self.epoch_completed)
@@ -52,7 +48,7 @@ class PassionHandler:
             self.logger(self.passion, engine.state.iteration)
 
     def epoch_completed(self, engine: Any) -> None:
-        """End the epoch, and leave the metrics where other handlers look for them."""
+        """End the epoch, and write the metrics to ``engine.state.metrics``, where other handlers look for them."""
         self.passion.end_epoch()
         others = {name: value for name, value in engine.state.metrics.items() if not name.startswith(self.prefix)}
         ours = {f"{self.prefix}{name}": value for name, value in self.passion.metrics().items()}

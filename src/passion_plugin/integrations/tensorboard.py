@@ -1,4 +1,4 @@
-"""A TensorBoard writer as something that takes a dict."""
+"""A TensorBoard writer for loggers that take a dict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TensorBoardLog:
     """One scalar per entry; for :func:`~passion_plugin.integrations.logging.log_metrics` and what builds on it.
 
     Args:
-        writer: a folder, or a ``SummaryWriter`` that exists already (or anything with ``add_scalar``).
+        writer: a folder, or an existing ``SummaryWriter`` (or anything with ``add_scalar``).
 
     Raises:
         ImportError: tensorboard is not installed (the ``tensorboard`` extra).
@@ -24,7 +24,7 @@ class TensorBoardLog:
     def __init__(self, writer: Any) -> None:
         self.writer = writer
         if isinstance(writer, (str, os.PathLike)):
-            # torch.utils.tensorboard says of a missing tensorboard only that there is no such module.
+            # First, for its name: torch.utils.tensorboard only says that there is no such module.
             require("tensorboard", extra="tensorboard", purpose="TensorBoardLog")
             from torch.utils.tensorboard import SummaryWriter
 

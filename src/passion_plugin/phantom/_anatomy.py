@@ -15,17 +15,17 @@ Array = NDArray[np.float64]
 
 
 def draw_anatomy(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[NDArray[np.bool_], dict[str, Array]]:
-    """Brain mask and volume fraction of every tissue; the fractions sum to 1 inside the brain."""
+    """Return the brain mask (*shape) and the volume fraction (*shape) of every tissue; they sum to 1 in the brain."""
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size) for size in shape], indexing="ij"))
     edge = 1.5 / min(shape)
     warped = grid + 0.05 * np.stack([smooth_noise(rng, shape, 0.55) for _ in range(3)])
 
     def inside(distance: Array) -> Array:
-        """Soft step: 1 where ``distance`` is negative, with partial volume over about one voxel."""
+        """Return a soft step: 1 where ``distance`` is negative, with partial volume over about one voxel."""
         return 1 / (1 + np.exp(np.clip(distance / edge, -30, 30)))
 
     def ellipsoid(centre: Sequence[float], radii: Sequence[float] | Array) -> Array:
-        """Signed distance, approximately: negative inside."""
+        """Return the signed distance, approximately; negative inside."""
         scaled = [(p - c) / r for p, c, r in zip(warped, centre, radii, strict=True)]
         return np.asarray((np.linalg.norm(scaled, axis=0) - 1) * min(radii))
 
@@ -36,7 +36,7 @@ def draw_anatomy(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[NDAr
     ventricles = np.minimum(*[ellipsoid((0.12, 0.05, s * 0.13), (0.1, 0.32, 0.07)) for s in (-1, 1)])
 
     def spot(depth: float, reach: float) -> tuple[float, ...]:
-        """A point at a random direction, between ``depth`` and ``reach`` of the way to the surface."""
+        """Return a point in a random direction, between ``depth`` and ``reach`` of the way to the surface."""
         direction = rng.standard_normal(3)
         place = direction / np.linalg.norm(direction) * radii * rng.uniform(depth, reach)
         return tuple(float(p) for p in place)
@@ -68,12 +68,9 @@ def draw_anatomy(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[NDAr
 
 
 def _lesion(
-    rng: np.random.Generator,
-    points: Array,
-    centre: Sequence[float],
-    inside: Callable[[Array], Array],
+    rng: np.random.Generator, points: Array, centre: Sequence[float], inside: Callable[[Array], Array]
 ) -> tuple[Array, Array, Array]:
-    """Oedema, enhancing and necrotic extents (nested, soft) of one irregular lesion."""
+    """Return oedema, enhancing and necrotic extents (nested, soft) of one irregular lesion."""
     shape = points.shape[1:]
     core = rng.uniform(0.22, 0.34)
     halo, hole = core * rng.uniform(1.5, 1.9), core * rng.uniform(0.55, 0.75)
@@ -84,7 +81,7 @@ def _lesion(
 
 
 def _vessels(rng: np.random.Generator, points: Array, starts: Sequence[Sequence[float]]) -> Array:
-    """Signed distance to thin straight-ish tubes through ``starts`` (negative inside)."""
+    """Return the signed distance to thin straight tubes through ``starts``; negative inside."""
     distances = []
     for start in starts:
         axis = rng.standard_normal(3)
@@ -97,7 +94,7 @@ def _vessels(rng: np.random.Generator, points: Array, starts: Sequence[Sequence[
 
 
 def smooth_noise(rng: np.random.Generator, shape: Sequence[int], scale: float) -> Array:
-    """Gaussian random field with mean 0, sd 1 and correlation length ``scale`` (the volume is 2 wide)."""
+    """Return a Gaussian random field with mean 0, sd 1 and correlation length ``scale`` (the volume is 2 wide)."""
     spectrum = np.fft.rfftn(rng.standard_normal(shape))
     frequencies = np.meshgrid(*[np.fft.fftfreq(s, 2 / s) for s in shape], indexing="ij", sparse=True)
     square = np.sum(np.broadcast_arrays(*[f**2 for f in frequencies]), axis=0)[..., : shape[-1] // 2 + 1]

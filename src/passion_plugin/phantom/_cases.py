@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ def make_case(
         noise: standard deviation of the Rician noise, relative to the signal of white matter.
 
     Returns:
-        image (4, *shape) float32, channels as in ``MODALITIES``, arbitrary scanner units, 0 outside the
-        brain; label (*shape) int64: 0 background, 1 necrotic core, 2 oedema, 3 enhancing rim.
+        image (4, *shape) float32, channels as in ``MODALITIES``, arbitrary scanner units, 0 outside the brain;
+        label (*shape) int64: 0 background, 1 necrotic core, 2 oedema, 3 enhancing rim.
 
     Raises:
         ValueError: when ``shape`` is not three sizes of at least 16.
@@ -45,7 +45,7 @@ def make_case(
         ((4, 32, 32, 32), [0, 1, 2, 3])
     """
     if len(shape) != 3 or min(shape) < 16:
-        raise ValueError(f"shape is {tuple(shape)}; the phantom needs three sizes of at least 16 voxels.")
+        raise ValueError(f"shape is {tuple(shape)}; the phantom needs three sizes of at least 16 voxels")
     rng = np.random.default_rng(seed)
     brain, fractions = draw_anatomy(rng, tuple(shape))
     names = list(fractions)
@@ -68,8 +68,7 @@ def make_case(
 def standardise(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale every modality to mean 0 and sd 1 over its own non-zero voxels; zeros stay 0.
 
-    Only the modality itself is looked at. A brain mask made from all modalities, as is common, would leak
-    what is supposed to be missing.
+    A brain mask made from all modalities, as is common, would leak what is supposed to be missing.
 
     Args:
         image: (M, *spatial).
@@ -111,18 +110,18 @@ class PhantomDataset(Dataset[dict[str, Tensor | str]]):
 
     def __init__(self, n: int, shape: Sequence[int] = (48, 48, 48), seed: int = 0, *, noise: float = 0.06) -> None:
         if not 1 <= n <= 1000:
-            raise ValueError(f"n is {n}; a phantom data set holds 1 to 1000 patients.")
+            raise ValueError(f"n is {n}; a phantom data set holds 1 to 1000 patients")
         self.n, self.shape, self.seed, self.noise = n, tuple(shape), seed, noise
         self._cases: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        """Number of patients."""
+        """Return the number of patients."""
         return self.n
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        """Patient ``index``; raises IndexError past the end, so that plain iteration stops."""
+        """Return patient ``index``; IndexError past the end, so that plain iteration stops."""
         if not -self.n <= index < self.n:
-            raise IndexError(f"index {index} is outside 0..{self.n - 1}.")
+            raise IndexError(f"index {index} is outside 0..{self.n - 1}")
         index %= self.n
         case = 1000 * self.seed + index
         if index not in self._cases:
@@ -131,10 +130,6 @@ class PhantomDataset(Dataset[dict[str, Tensor | str]]):
         image, label = self._cases[index]
         return {"image": image.clone(), "label": label.clone(), "id": f"phantom_{case}"}
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
-        """Iterate over the patients in order."""
-        return (self[index] for index in range(self.n))
-
     @property
     def ids(self) -> list[str]:
         """Names of the patients, in order."""
@@ -142,6 +137,6 @@ class PhantomDataset(Dataset[dict[str, Tensor | str]]):
 
 
 def _jitter(rng: np.random.Generator, tissue: Tissue, spread: float = 0.04) -> Tissue:
-    """The same tissue in another patient: every value a few per cent off."""
+    """Return the tissue of another patient: every value a few per cent off."""
     pd, t1, t2, uptake = np.exp(spread * rng.standard_normal(4))
     return Tissue(tissue.pd * pd, tissue.t1 * t1, tissue.t2 * t2, tissue.uptake * uptake)

@@ -38,7 +38,7 @@ class Tissue:
     uptake: float = 0.0
 
     def enhanced(self, relaxivity: float = 4.5) -> Tissue:
-        """The same tissue with contrast agent, ``1/T1 = 1/T1_native + r1 C`` (``r1`` in l/mmol/s)."""
+        """Return the tissue with contrast agent, ``1/T1 = 1/T1_native + r1 C`` (``r1`` in l/mmol/s)."""
         return Tissue(self.pd, 1 / (1 / self.t1 + relaxivity * self.uptake / 1000), self.t2)
 
 

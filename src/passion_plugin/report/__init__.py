@@ -1,20 +1,43 @@
-"""Pictures of a training and of its results, as matplotlib figures that no global state knows of.
+"""Figures of a training and its results, the log of a run, and one HTML page about it.
 
-Needs ``pip install "passion-plugin[plot]"``. Every function takes plain data and returns a
-:class:`matplotlib.figure.Figure`: save it with ``figure.savefig(path)``, or let a notebook show it.
-
-* :func:`plot_preference`, :func:`plot_distances`: what each epoch said about the modalities;
+* :func:`plot_preference`, :func:`plot_distances`: each modality over the epochs;
 * :func:`plot_subsets`: a metric by subset of modalities, of one model or of several;
-* :func:`plot_overlay`: one case, predicted from every subset.
+* :func:`plot_overlay`: one case, predicted from every subset;
+* :class:`RunLog`, :func:`read_run`, :func:`write_report`: the folder of a run, and its page.
 
-For pictures of your own, ``passion_plugin.plot.canvas``, ``grids`` and ``overlay`` hold what these are drawn with.
+Figures need ``pip install "passion-plugin[plot]"``. They are :class:`matplotlib.figure.Figure` objects made without
+pyplot: they need no display, and nothing has to close them. For figures of your own there are :func:`new_figure`,
+:func:`draw_grid`, :func:`draw_case`, :func:`label_legend`, :func:`best_slice` and :data:`COLOURS`.
 """
 
-from __future__ import annotations
-
-from passion_plugin.report._curves import plot_distances, plot_preference
-from passion_plugin.report._grids import plot_subsets
-from passion_plugin.report._overlay import plot_overlay
+from passion_plugin.report._figures import (
+    COLOURS,
+    best_slice,
+    draw_case,
+    draw_grid,
+    label_legend,
+    new_figure,
+    plot_distances,
+    plot_overlay,
+    plot_preference,
+    plot_subsets,
+)
+from passion_plugin.report._log import Run, RunLog, read_run
 from passion_plugin.report._page import write_report
 
-__all__ = ["plot_distances", "plot_overlay", "plot_preference", "plot_subsets", "write_report"]
+__all__ = [
+    "COLOURS",
+    "Run",
+    "RunLog",
+    "best_slice",
+    "draw_case",
+    "draw_grid",
+    "label_legend",
+    "new_figure",
+    "plot_distances",
+    "plot_overlay",
+    "plot_preference",
+    "plot_subsets",
+    "read_run",
+    "write_report",
+]

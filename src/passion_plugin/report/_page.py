@@ -1,34 +1,34 @@
-"""One HTML file about a run: pictures and tables, everything embedded, nothing loaded from anywhere."""
+"""One HTML file about a run: figures and tables, everything embedded, nothing loaded from anywhere."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from passion_plugin.errors import ConfigError, require
+from passion_plugin.errors import ConfigError, InputError, require
 from passion_plugin.evaluation import SubsetResults, caption, table_lines
-from passion_plugin.report._curves import plot_distances, plot_preference
-from passion_plugin.report._grids import plot_subsets
+from passion_plugin.report._figures import plot_distances, plot_preference, plot_subsets
 from passion_plugin.report._log import Run, read_run
 from passion_plugin.training import EPOCH_QUANTITIES, by_modality, epoch_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["render", "write_report"]
+__all__ = ["write_report"]
 
-# The policy forbids every request; what strangers named their modalities cannot change that.
+# The policy forbids every request, whatever the names in a run are.
 _PAGE = """<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -36,19 +36,14 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ max-width: 100%; background: #fff; border-radius: 4px; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .15rem .7rem; border-bottom: 1px solid #8886; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; overflow-wrap: anywhere; }}
-.facts td {{ text-align: left; overflow-wrap: anywhere; }}
-.wide {{ overflow-x: auto; }}
-summary {{ cursor: pointer; }}
+img {{ max-width: 100%; background: #fff; }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .15rem .7rem; border-bottom: 1px solid #8886; text-align: right; overflow-wrap: anywhere; }}
+th:first-child, td:first-child {{ text-align: left; }}
+pre {{ overflow-x: auto; }}
 footer {{ margin-top: 3rem; font-size: .85rem; opacity: .8; }}
 </style>
-</head>
-<body>
 {body}
-</body>
 </html>
 """
 
@@ -56,80 +51,69 @@ footer {{ margin-top: 3rem; font-size: .85rem; opacity: .8; }}
 def write_report(
     folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, command: str = ""
 ) -> tuple[Path, Run]:
-    """Write the page of a run.
+    """Write the page of a run; the same run gives the same page.
 
     Args:
-        folder: of the run, see :mod:`passion_plugin.runs`.
+        folder: of the run, see :func:`read_run`.
         out: the file, ``.html``; None takes ``report.html`` in ``folder``. An earlier one is replaced.
-        command: told at the end of the page.
+        command: shown at the end of the page.
 
     Returns:
         Where the page is, and what was read.
 
     Raises:
         ConfigError: there is nothing to report, a file of the run cannot be read, or ``out`` does not end in
-            ``.html``: no other file is written over by mistake.
+            ``.html``: no other file is overwritten by mistake.
         ImportError: matplotlib is not installed (the ``plot`` extra).
     """
     path = Path(folder, "report.html") if out is None else Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"{path}: the report is an HTML file; give it a name that ends in .html")
-    run = read_run(folder)
-    # File names need not be text; the page is.
-    path.write_text(render(run, command=command), encoding="utf-8", errors="backslashreplace")
-    return path, run
-
-
-def render(run: Run, *, command: str = "") -> str:
-    """Return the page of a run; the same run gives the same page.
-
-    Args:
-        run: what :func:`passion_plugin.runs.read_run` returned.
-        command: told at the end of the page.
-    """
     matplotlib = require("matplotlib", extra="plot", purpose="A report")
+    run = read_run(folder)
     notes = [*run.notes]
-    parts = [*_epochs(run, notes), *_results(run.results, notes), *_overlays(run.overlays)]
+    parts = [*_epochs(run, notes), *_results(run.results, notes)]
+    parts += ["<h2>Cases</h2>"] if run.overlays else []
+    for name, data in run.overlays.items():
+        parts += [f"<h3>{escape(name)}</h3>", _image(data, f"Predictions of {name} from subsets of modalities")]
     if run.facts:
-        parts += ["<h2>About this run</h2>", _table([], _flattened(run.facts), kind="facts")]
-    from passion_plugin import __version__
-
+        parts += ["<h2>About this run</h2>", f"<pre>{escape(json.dumps(run.facts, indent=2))}</pre>"]
     versions = (
-        f"passion-plugin {__version__}, torch {torch.__version__}, matplotlib {matplotlib.__version__}, "
+        f"passion-plugin {version('passion-plugin')}, torch {torch.__version__}, matplotlib {matplotlib.__version__}, "
         f"Python {platform.python_version()}"
     )
-    made = f"Made by <code>{escape(command)}</code> with " if command else "Made with "
     hints = "".join(f"<li>{escape(note)}</li>" for note in notes)
     body = [
         f"<h1>{escape(run.name)}</h1>",
         *([f"<ul>{hints}</ul>"] if hints else []),
         *parts,
-        f"<footer>{made}{escape(versions)}.</footer>",
+        f"<footer>Made {f'by <code>{escape(command)}</code> ' if command else ''}with {escape(versions)}.</footer>",
     ]
-    return _PAGE.format(title=escape(run.name), body="\n".join(body))
+    path.write_text(_PAGE.format(title=escape(run.name), body="\n".join(body)), encoding="utf-8")
+    return path, run
 
 
 def _epochs(run: Run, notes: list[str]) -> list[str]:
-    """What the epochs said about the modalities."""
+    """Curves of the modalities, and a table of the last epoch."""
     epochs = epoch_records(run.records)
-    parts: list[str] = []
     if run.records and not epochs:
         notes.append("No epoch has ended yet: metrics.jsonl has no weights of modalities.")
-    for title, draw, quantities in (
-        ("EpochReport", plot_preference, ("relative_preference", "beta")),
-        ("Distance to the fused prediction", plot_distances, ("epoch_distance",)),
-    ):
-        if any(by_modality(epoch, quantity) for epoch in epochs for quantity in quantities):
-            parts += [f"<h2>{title}</h2>", _figure(draw(epochs), f"{title} by modality over the epochs")]
+    parts: list[str] = []
+    for title, draw in (("Preference", plot_preference), ("Distance to the fused prediction", plot_distances)):
+        try:
+            picture = _figure(draw(epochs), f"{title} by modality over the epochs")
+        except InputError:  # No epoch has such a quantity.
+            continue
+        parts += [f"<h2>{title}</h2>", picture]
     if not parts:
         return parts
     last = epochs[-1]
+    header = ["modality", "beta", "relative preference", "mean distance"]
     columns = [by_modality(last, quantity) for quantity in EPOCH_QUANTITIES]
     lines = [
         [name, *(f"{column[name]:.4f}" if name in column else "n/a" for column in columns)]
         for name in dict.fromkeys(name for column in columns for name in column)
     ]
-    header = ["modality", "beta", "relative preference", "mean distance"]
     return [*parts, f"<h2>Last epoch: {last['epoch']:g}</h2>", _table(header, lines)]
 
 
@@ -154,13 +138,6 @@ def _results(results: Mapping[str, SubsetResults], notes: list[str]) -> list[str
     return parts
 
 
-def _overlays(overlays: Mapping[str, bytes]) -> list[str]:
-    parts = ["<h2>Cases</h2>"] if overlays else []
-    for name, data in overlays.items():
-        parts += [f"<h3>{escape(name)}</h3>", _image(data, f"Predictions of {name} from subsets of modalities")]
-    return parts
-
-
 def _figure(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -171,20 +148,8 @@ def _image(png: bytes, description: str) -> str:
     return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    rows = [row(header, "th")] if header else []
-    rows += [row(line, "td") for line in lines]
-    return f'<div class="wide"><table class="{kind}">' + "\n".join(rows) + "</table></div>"
-
-
-def _flattened(facts: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    """Lines of name and value; names of nested objects are joined by dots."""
-    lines: list[list[str]] = []
-    for key, value in facts.items():
-        nested = isinstance(value, Mapping) and value
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        lines += _flattened(value, f"{prefix}{key}.") if nested else [[f"{prefix}{key}", shown]]
-    return lines
+    return "\n".join(["<table>", row(header, "th"), *(row(line, "td") for line in lines), "</table>"])
