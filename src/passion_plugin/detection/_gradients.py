@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -146,12 +146,12 @@ def check_training(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> 
 def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
     """Warn of buffers that the backward of a student changes in training mode.
 
-    Buffers are preserved while a student runs forward. What is checkpointed runs again in backward.
+    A student moves no buffer while it runs forward. What is checkpointed runs again in backward.
     """
     if spec.students == "heads":
         return
     adapter, presence = probe.bind(spec), probe.presence()
-    with _training_mode(probe.backbone):
+    with _training_mode(probe.backbone, _restored_buffers):
         try:
             reseed()
             # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
@@ -160,12 +160,11 @@ def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> N
                 student = student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0])).logits
             if not student.requires_grad:
                 return
-            before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
+            before = _copied_buffers(probe.backbone)
             _backward([student], _trained(probe))
         except PassionError:  # check_training() has said so
             return
-        after = dict(probe.backbone.named_buffers())
-        moved = [name for name, kept in before.items() if name in after and not same_values(after[name], kept)]
+        moved = _changed_buffers(probe.backbone, before)
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in moved))
     if layers:
         text = (
@@ -242,16 +241,39 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
 
 
 @contextmanager
-def _training_mode(backbone: nn.Module) -> Iterator[None]:
-    """Training mode, but for dropout layers, whose noise would hide other differences; buffers are preserved."""
+def _training_mode(
+    backbone: nn.Module, keeping: Callable[[nn.Module], AbstractContextManager[None]] = preserved_buffers
+) -> Iterator[None]:
+    """Training mode, but for dropout layers, whose noise would hide other differences; buffers are kept."""
     backbone.train()
     try:
         for layer in dropout_layers(backbone):
             layer.eval()
-        with preserved_buffers(backbone):
+        with keeping(backbone):
             yield
     finally:
         backbone.eval()
+
+
+@contextmanager
+def _restored_buffers(backbone: nn.Module) -> Iterator[None]:
+    """Let buffers move, which batch normalisation prevents under :func:`preserved_buffers`; put them back on exit."""
+    before = _copied_buffers(backbone)
+    try:
+        yield
+    finally:
+        buffers = dict(backbone.named_buffers())
+        with torch.no_grad():
+            for name in _changed_buffers(backbone, before):
+                buffers[name].copy_(before[name])
+
+
+def _copied_buffers(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+
+
+def _changed_buffers(backbone: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, buffer in backbone.named_buffers() if not same_values(buffer, before.get(name, buffer))]
 
 
 def _whole_batch(probe: Probe, modality: str) -> StudentInput:
