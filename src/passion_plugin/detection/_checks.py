@@ -112,10 +112,12 @@ def _batch_behaviour(probe: Probe) -> BatchBehaviour:
     # Every row: what is read off the first one and used for all does not change with the others.
     changed = [probe.predict(probe.neighbours(row), everything)[row] for row in range(probe.batch)]
     found.coupling = max(relative_difference(other, base[row]) for row, other in enumerate(changed))
+    probe.resize(1)
     try:
-        probe.predict(probe.images(), everything, rows=torch.tensor([0]))
+        probe.predict(probe.images(), probe.presence())
     except PassionError as error:
         found.single_failure = f"a batch of one raises {reason_of(error)}"
+    probe.resize(2)
     table = different_masks(probe.batch, len(probe.modalities))
     try:
         together = probe.predict(probe.images(), table)

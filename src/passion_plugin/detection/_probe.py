@@ -199,63 +199,49 @@ class Probe:
 
         return tree_map(second, *self._contents)
 
-    def arguments(self, x: Any, keep: Tensor, rows: Tensor | None = None) -> BackboneCall:
-        """Return the call as a user would make it, for some rows of ``x`` and ``keep``."""
-        index = self.index if rows is None else self.index[rows]
-        call = self._call.rows(index, self._size, whole=self._whole)
-        if rows is not None:
-            x, keep = BackboneCall((x,), {}).rows(rows, self.batch).args[0], keep[rows]
+    def arguments(self, x: Any, keep: Tensor) -> BackboneCall:
+        """Return the call as a user would make it."""
+        call = self._call.rows(self.index, self._size, whole=self._whole)
         for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
             call = call.replaced(argument, value)
         if self._mask is not None:
             call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(self._device(x))))
         return call
 
-    def run(
-        self,
-        x: Any,
-        keep: Tensor,
-        *,
-        rows: Tensor | None = None,
-        handlers: Mapping[nn.Module, Handler] | None = None,
-        seed: int = 0,
-    ) -> Any:
+    def run(self, x: Any, keep: Tensor, *, handlers: Mapping[nn.Module, Handler] | None = None, seed: int = 0) -> Any:
         """Run the backbone on unblanked images, from a fixed random state; return its raw output.
 
         Raises:
             BackboneRunError: the backbone raised.
         """
-        call = self.arguments(x, keep, rows)
-        keep = keep if rows is None else keep[rows]
+        call = self.arguments(x, keep)
         reseed(seed)
         with patched_forward(handlers or {}), backbone_errors():
             if self.convention.forward_fn is not None:
-                images = self._images(call)
-                return self.convention.forward_fn(self.backbone, images, keep.to(self._device(images)))
+                return self.convention.forward_fn(self.backbone, self._images(call), keep.to(self._device(x)))
             return self.backbone(*call.args, **call.kwargs)
 
-    def outputs(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> tuple[Any, Tensor]:
+    def outputs(self, x: Any, keep: Tensor, *, seed: int = 0) -> tuple[Any, Tensor]:
         """Like :meth:`run`, and return the prediction too: the output of the classifier, where that is known.
 
         Raises:
             BackboneError: the prediction does not have the rows of the batch.
         """
         if self.classifier is None:
-            raw = self.run(x, keep, rows=rows, seed=seed)
+            raw = self.run(x, keep, seed=seed)
             prediction = prediction_of(raw)
         else:
             capture = OutputCapture(self.classifier)
             handlers = {self.backbone.get_submodule(self.classifier): capture}
-            raw = self.run(x, keep, rows=rows, seed=seed, handlers=handlers)
+            raw = self.run(x, keep, seed=seed, handlers=handlers)
             prediction = capture.result()[1]
-        wanted = self.batch if rows is None else len(rows)
-        if len(prediction) != wanted or 0 in prediction.shape:
-            raise BackboneError(f"the prediction of a batch of {wanted} has shape {tuple(prediction.shape)}")
+        if len(prediction) != self.batch or 0 in prediction.shape:
+            raise BackboneError(f"the prediction of a batch of {self.batch} has shape {tuple(prediction.shape)}")
         return raw, prediction
 
-    def predict(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> Tensor:
+    def predict(self, x: Any, keep: Tensor, *, seed: int = 0) -> Tensor:
         """Like :meth:`outputs`, without the raw output."""
-        return self.outputs(x, keep, rows=rows, seed=seed)[1]
+        return self.outputs(x, keep, seed=seed)[1]
 
     def initialize(self) -> None:
         """Run the template as it is, in evaluation mode: modules that have no parameters yet get them."""

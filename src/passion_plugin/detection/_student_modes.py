@@ -46,7 +46,7 @@ def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_s
 
     Args:
         probe: the backbone, in a sandbox.
-        report: gets what is finite, and a warning where ``fill_missing`` hides nothing.
+        report: gets which of them are finite, and a warning where ``fill_missing`` hides nothing.
         spec: of the backbone.
         per_sample_masks: whether the samples of one batch may have different masks.
     """
