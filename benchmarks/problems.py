@@ -96,7 +96,7 @@ def predict(adapter: BackboneAdapter, x: Tensor, keep: Tensor) -> tuple[Any, lis
     """
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
-        for index, module in enumerate([adapter.classifier, *adapter.coarse]):
+        for index, module in enumerate([adapter.classifier, *adapter.deep_supervision]):
             assert module is not None
 
             def keep_both(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, index: int = index) -> None:

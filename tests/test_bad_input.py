@@ -37,8 +37,10 @@ class TestSetUp:
             (("t1",), "at least two names"),
             ((), "at least two names"),
             (None, "at least two names"),
-            (("t1", 2), "at least two names"),
-            (("t1", ""), "at least two names"),
+            (("t1", 2), "modality 2 is a int; names are strings"),
+            (("t1", ""), "modality '': a name must"),
+            (("t1", "t1\n"), "a name must be printable"),
+            (("T1", "C", "T1+C"), "to one name in several ways"),
             (("t1", "t1"), "different names"),
         ],
     )
@@ -67,13 +69,13 @@ class TestSetUp:
         [
             (
                 {"flair": 0.1, "t1ce": 0.1, "t1c": 0.2},
-                r"(?s)unknown modality 't1c'. Did you mean 't1ce'.*no rate for 't1'",
+                r"(?s)unknown modality 't1c'. Did you mean 't1ce'.*none for modality 't1'",
             ),
             ({"flair": 0.1, "t1ce": 1.0, "t1": -0.1}, r"(?s)1\.0 is not.*-0\.1 is not"),
-            ((0.1, 0.2), "2 rates for 3 modalities"),
+            ((0.1, 0.2), "got 2, need one for each"),
             ((0.1, 0.2, math.nan), r"nan is not .*\[0, 1\)"),
             ((0.1, 0.2, "0.3"), r"'0.3' is not .*\[0, 1\)"),
-            (0.3, r"missing_rates must be .*got 0\.3"),
+            (0.3, r"missing_rates: got 0\.3, need one for each"),
         ],
     )
     def test_missing_rates_name_every_modality_and_lie_in_range(self, rates: Any, message: str) -> None:

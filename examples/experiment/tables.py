@@ -9,7 +9,7 @@ from typing import Any
 from examples.experiment.comparison import Comparison, complete_set, rarest
 from examples.experiment.stats import Interval, Select, by_patient, by_run, seed_means
 from examples.markdown import aligned
-from passion_plugin.evaluation._metrics import BRATS_PENALTY
+from passion_plugin.evaluation import BRATS_PENALTY
 
 __all__ = ["TABLES"]
 

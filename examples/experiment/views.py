@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from examples.data import corner_around, cut_and_flip
 from passion_plugin.data import EvenSubsets, PresenceTable, blank_missing, drop_modalities
-from passion_plugin.evaluation._inference import Predict
+from passion_plugin.evaluation import Predict
 
 __all__ = ["DRAWINGS", "Batches", "predict_whole"]
 

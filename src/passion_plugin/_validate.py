@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -26,6 +27,7 @@ __all__ = [
     "is_int",
     "is_number",
     "is_one_of",
+    "modality_problems",
     "unreadable",
 ]
 
@@ -76,6 +78,66 @@ def as_tuple(value: Any) -> tuple[Any, ...] | None:
         return tuple(value)
     except TypeError:  # a tensor or an array without axes
         return None
+
+
+def modality_problems(modalities: Any, *, least: int = 1) -> list[str]:
+    """Return what is wrong with names of modalities, one sentence each; an empty list when nothing is.
+
+    Names stand in headers and comments of CSV files and on command lines, so ``,``, white space at the ends and line
+    breaks are refused. ``+`` joins names to those of subsets; a name may hold it (``"T1+C"``) as long as every joined
+    name can be read in one way only.
+
+    Args:
+        modalities: what the user passed.
+        least: smallest number of names.
+
+    Example:
+        >>> modality_problems(("T1", "T1+C", "T2"))
+        []
+        >>> modality_problems(("T1", "C", "T1+C"))
+        ["modalities ('T1', 'C', 'T1+C') can be joined by '+' to one name in several ways; rename one that holds a '+'"]
+    """
+    names = as_tuple(modalities)
+    if names is None or len(names) < least:
+        number = {1: "one name", 2: "two names"}[least]
+        return [f"modalities must be at least {number} in a list or tuple, got {modalities!r}"]
+    problems = []
+    for name in names:
+        if not isinstance(name, str):
+            problems.append(f"modality {name!r} is {describe(name)}; names are strings")
+        elif not name or name != name.strip() or not name.isprintable() or "," in name:
+            problems.append(
+                f"modality {name!r}: a name must be printable and not empty, without ',' and without spaces at its ends"
+            )
+    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
+    if repeated:
+        problems.append(f"modality {', '.join(map(repr, repeated))} is named more than once; use different names")
+    if not problems and _is_ambiguous(names):
+        problems.append(
+            f"modalities {names} can be joined by '+' to one name in several ways; rename one that holds a '+'"
+        )
+    return problems
+
+
+def _is_ambiguous(names: Sequence[str]) -> bool:
+    """Whether two sequences of names give the same text when joined by "+".
+
+    The test of Sardinas and Patterson (1953) on the pieces between the "+": a sequence that is ahead of another one
+    leaves a rest behind; if a rest is ever a name itself, both sequences have come to the same text.
+    """
+    words = {tuple(piece.strip() for piece in name.split("+")) for name in names}
+    if len(words) < len(names):
+        return True
+
+    def rests(longer: Iterable[tuple[str, ...]], shorter: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
+        return {a[len(b) :] for a in longer for b in shorter if len(a) > len(b) and a[: len(b)] == b}
+
+    seen: set[tuple[str, ...]] = set()
+    found = rests(words, words)
+    while found and not found & words:
+        seen |= found
+        found = (rests(words, found) | rests(found, words)) - seen
+    return bool(found)
 
 
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from passion_plugin._validate import modality_problems
 from passion_plugin.backbone import PRESETS, preset
-from passion_plugin.data import draw_presence, modality_problems, write_split_csv
+from passion_plugin.data import draw_presence, write_split_csv
 from passion_plugin.detection import inspect_backbone
 from passion_plugin.errors import ConfigError, PassionError, suggest
 from passion_plugin.report import write_report

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "raise_problems",
     "require",
     "short",
+    "shortlist",
     "suggest",
     "warn_user",
 ]
@@ -125,6 +127,16 @@ def listed(names: Iterable[str], most: int = 4) -> str:
 def quoted(names: Iterable[str], most: int = 4) -> str:
     """Return names in quotation marks in one line, as :func:`listed` does."""
     return listed(map(repr, names), most)
+
+
+def shortlist(values: Iterable[object]) -> str:
+    """Return the first six values, separated by commas, each cut to 30 characters.
+
+    Example:
+        >>> shortlist(range(100))
+        '0, 1, 2, 3, 4, 5, ...'
+    """
+    return reprlib.repr(list(values))[1:-1]
 
 
 def _either(names: Sequence[str]) -> str:

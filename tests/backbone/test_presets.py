@@ -192,7 +192,7 @@ def test_a_network_of_the_family_trains_through_its_preset(mode: Any) -> None:
     (F.nll_loss(fused.log(), y) + loss).backward()
     assert model.passion.adapter is not None
     assert model.passion.adapter.spec.classifier == "decoder_fuse.seg_layer"
-    assert len(model.passion.adapter.coarse) == len(coarse) == 4
+    assert len(model.passion.adapter.deep_supervision) == len(coarse) == 4
     assert calls == [True] * 4, "students run without the separate decoder"
     terms = model.passion.loss_terms()
     assert torch.equal(terms.active, mask)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from passion_plugin._validate import describe
 from passion_plugin.backbone._calls import (
@@ -55,45 +56,29 @@ class BackboneAdapter:
         self.modalities = tuple(modalities)
         self.forward = forward
         self.layouts: Layouts = {}
-        problems: list[str] = []
         modules = dict(backbone.named_modules(remove_duplicate=False))
+        problems: list[str] = []
 
-        def resolve(name: str, role: str) -> nn.Module | None:
+        def resolve(role: str, name: str) -> nn.Module:
             path, problem = resolve_module(backbone, name)
-            if path is None:
-                problems.append(f"{role}: {problem}")
-                return None
-            return modules[path]
+            problems.extend([f"{role}: {problem}"] if path is None else [])
+            return modules[path or ""]
 
-        self.classifier = resolve(spec.classifier, "classifier")
-        if isinstance(self.classifier, nn.Linear):
-            problems.append(
-                f"classifier: {spec.classifier!r} is a Linear layer, whose classes come last; logits must be "
-                f"(B, K, *spatial). A 1×1 convolution does the same"
-            )
-        self.coarse = [resolve(name, "coarse") for name in spec.deep_supervision]
-        self.encoders: dict[str, tuple[nn.Module, ...]] = {}
-        for modality, names in spec.encoders.items():
-            if modality not in self.modalities:
-                problems.append(f"encoders: unknown modality {modality!r}.{suggest(modality, self.modalities)}")
-            found = [resolve(name, f"encoders[{modality!r}]") for name in names]
-            self.encoders[modality] = tuple(module for module in found if module is not None)
-        lacking = [name for name in self.modalities if spec.encoders and name not in spec.encoders]
-        problems += [f"encoders: modality {name!r} has none" for name in lacking]
-        problems += _shared(self.encoders)
-        if spec.mask_columns is not None and sorted(spec.mask_columns) != sorted(self.modalities):
-            problems.append(f"mask_columns {spec.mask_columns} must be a permutation of {self.modalities}")
-        if not callable(spec.student_mode):
-            problems += [problem for name in spec.student_mode if (problem := self._missing_attribute(name))]
+        self.classifier = resolve("classifier", spec.classifier)
+        self.deep_supervision = [resolve("deep_supervision", name) for name in spec.deep_supervision]
+        self.encoders = {
+            modality: tuple(resolve(f"encoders[{modality!r}]", name) for name in names)
+            for modality, names in spec.encoders.items()
+        }
+        problems += self._problems(modules)
         raise_problems(problems, what=f"the spec does not fit {type(backbone).__name__}", error=ConfigError)
 
-        several = not isinstance(spec.input_argument, (int, str))
-        keys = spec.input_argument if several else (spec.input_argument,)
-        self._several_inputs = several
-        self._inputs = [locate_argument(backbone, key) for key in keys]  # type: ignore[union-attr, arg-type]
+        keys = spec.input_argument
+        self._several_inputs = not isinstance(keys, (int, str))
+        self._inputs = [locate_argument(backbone, key) for key in ((keys,) if isinstance(keys, (int, str)) else keys)]
         self._mask = None if spec.mask_argument is None else locate_argument(backbone, spec.mask_argument)
         self._whole = () if self._mask is None else (self._mask,)
-        self._light = {locate_argument(backbone, name): value for name, value in spec.student_kwargs.items()}
+        self._student_kwargs = {locate_argument(backbone, name): value for name, value in spec.student_kwargs.items()}
         self._codec = (
             spec.mask_format
             if isinstance(spec.mask_format, MaskCodec)
@@ -213,7 +198,7 @@ class BackboneAdapter:
         if self.spec.fill_missing is None:
             return self.with_input(call, blank(x, keep, self.modalities))
         hidden = self.spec.fill_missing(x, keep)
-        if not isinstance(hidden, type(x)) or [leaf.shape for leaf in _leaves(hidden)] != [y.shape for y in _leaves(x)]:
+        if not isinstance(hidden, type(x)) or _shapes(hidden) != _shapes(x):
             raise BackboneError(
                 f"BackboneSpec.fill_missing gave {describe(hidden)} for {describe(x)}; it must return images of the "
                 f"same kind and shape, without the modalities outside the mask"
@@ -228,7 +213,7 @@ class BackboneAdapter:
             keep: bool (B, M), the modalities that are let through.
         """
         call = self.blanked(call, keep)
-        for argument, value in self._light.items():
+        for argument, value in self._student_kwargs.items():
             call = call.replaced(argument, value)
         x = self.input_of(call)
         first = first_image(x, self.modalities)
@@ -277,31 +262,41 @@ class BackboneAdapter:
                 "have different ones: group samples by their modalities, or use batches of one"
             )
 
-    def _missing_attribute(self, name: str) -> str:
-        owner, _, attribute = name.rpartition(".")
-        module = dict(self.backbone.named_modules(remove_duplicate=False)).get(owner)
-        if module is None or not hasattr(module, attribute):
-            known = [key for key in vars(module or self.backbone) if not key.startswith("_")]
-            return f"light: the backbone has no attribute {name!r}.{suggest(attribute, known)}"
-        return ""
+    def _problems(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        """Say what does not fit besides names of modules that do not exist."""
+        spec, names = self.spec, self.modalities
+        problems = []
+        if isinstance(self.classifier, nn.Linear):
+            problems.append(
+                f"classifier: {spec.classifier!r} is a Linear layer, whose classes come last; logits must be "
+                f"(B, K, *spatial). A 1×1 convolution does the same"
+            )
+        problems += [
+            f"encoders: unknown modality {modality!r}.{suggest(modality, names)}"
+            for modality in spec.encoders
+            if modality not in names
+        ]
+        problems += [
+            f"encoders: modality {name!r} has none" for name in names if spec.encoders and name not in spec.encoders
+        ]
+        owners: dict[nn.Module, str] = {}
+        for modality, encoders in self.encoders.items():
+            problems += [
+                f"encoders: {other!r} and {modality!r} name the same module. A shared encoder is not private to a "
+                f"modality: leave it out, it will be run again for each student"
+                for module in encoders
+                if module is not self.backbone and (other := owners.setdefault(module, modality)) != modality
+            ]
+        if spec.mask_columns is not None and sorted(spec.mask_columns) != sorted(names):
+            problems.append(f"mask_columns {spec.mask_columns} must be a permutation of {names}")
+        for name in () if callable(spec.student_mode) else spec.student_mode:
+            owner, _, attribute = name.rpartition(".")
+            module = modules.get(owner)
+            if module is None or not hasattr(module, attribute):
+                known = [key for key in vars(module or self.backbone) if not key.startswith("_")]
+                problems.append(f"student_mode: the backbone has no attribute {name!r}.{suggest(attribute, known)}")
+        return problems
 
 
-def _shared(encoders: Mapping[str, Sequence[nn.Module]]) -> list[str]:
-    owners: dict[int, str] = {}
-    problems = []
-    for modality, modules in encoders.items():
-        for module in modules:
-            other = owners.setdefault(id(module), modality)
-            if other != modality:
-                problems.append(
-                    f"encoders: {other!r} and {modality!r} name the same module. A shared encoder is not private "
-                    f"to a modality: leave it out, it will be run again for each student"
-                )
-    return problems
-
-
-def _leaves(x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ()
-    return [leaf for value in values for leaf in _leaves(value)]
+def _shapes(x: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from passion_plugin.backbone._patching import Handler, get_rng_state, patched_forward, untraced
 from passion_plugin.backbone._student_inputs import StudentInput
@@ -19,11 +19,6 @@ from passion_plugin.errors import BackboneError, suggest
 __all__ = ["FeatureCache", "OutputCapture", "clone_tensor", "resolve_module"]
 
 _LEAVES = (Tensor, int, float, complex, str, type(None))
-
-_MISCOUNT = (
-    "the encoder of {!r} was called {} times in a student pass but {} times in the fused pass, so that its "
-    "output cannot be replayed; set BackboneSpec(students='rerun')"
-)
 
 
 def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
@@ -54,7 +49,7 @@ def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
 
 
 class OutputCapture:
-    """Keeps what enters and what leaves one module, which must be called exactly once.
+    """Captures the first input and the output of one module, which must be called exactly once.
 
     Args:
         name: of the module, for messages.
@@ -83,9 +78,9 @@ class OutputCapture:
         """
         if len(self.calls) != 1:
             raise BackboneError(
-                f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. "
-                f"Name the layer of the fused prediction as BackboneSpec.classifier (and in BackboneSpec."
-                f"deep_supervision layers that run once); a layer shared with auxiliary decoders cannot be used, nor one that was "
+                f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. Name "
+                f"the layer of the fused prediction as BackboneSpec.classifier (and in BackboneSpec.deep_supervision "
+                f"layers that run once); a layer shared with auxiliary decoders cannot be used, nor one that was "
                 f"replaced after wrapping"
             )
         entering, output, version = self.calls[0]
@@ -101,42 +96,48 @@ class FeatureCache:
     """The outputs of all encoder modules in one pass, to be replayed in later passes.
 
     Containers are rebuilt on record and on every replay: public encoders return one mutable list again and
-    again, or hand out a list that the decoder pops from.
+    again, or return a list that the decoder pops from.
 
     Args:
         encoders: modules of each modality, by name.
         copy: keep and replay copies, for backbones that change encoder outputs in place.
+
+    Attributes:
+        rng_state: of the generators after the last encoder, where it was asked for.
     """
 
     def __init__(self, encoders: Mapping[str, Sequence[nn.Module]], *, copy: bool = False) -> None:
         self.encoders = encoders
         self.copy = copy
-        self.outputs: dict[nn.Module, list[Any]] = defaultdict(list)
-        self.versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
         self.rng_state: Any = None
+        self._outputs: dict[nn.Module, list[Any]] = defaultdict(list)
+        self._versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
 
-    def recording(self, *, features: bool = True, keep_rng_state: bool = False) -> dict[nn.Module, Handler]:
-        """Return the handlers that fill this record.
+    def record(self, *, features: bool = True, keep_rng_state: bool = False) -> dict[nn.Module, Handler]:
+        """Return the handlers that fill this cache.
 
         Args:
             features: keep the outputs.
-            keep_rng_state: remember the state of the generators after the last encoder.
+            keep_rng_state: keep the state of the generators after the last encoder.
         """
 
         @untraced
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            self._keep(owner, module, output, features, keep_rng_state)
+            if features:
+                self._keep(owner, module, output)
+            if keep_rng_state:
+                self.rng_state = get_rng_state()
             return output
 
         return self._handlers(handler)
 
     def features(self, modality: str) -> list[Tensor]:
-        """Return every tensor that the encoder modules of ``modality`` put out, in call order."""
-        return [leaf for module in self.encoders[modality] for out in self.outputs[module] for leaf in _tensors(out)]
+        """Return every tensor that the encoder modules of ``modality`` returned, in call order."""
+        return [leaf for module in self.encoders[modality] for leaf in _tensors(self._outputs[module])]
 
     def check_trainable(self) -> None:
-        """Raise when an encoder with trainable parameters gave features without gradient.
+        """Check that encoders with trainable parameters gave features with gradient.
 
         Raises:
             BackboneError: reentrant activation checkpointing runs the encoder without gradient; what is
@@ -145,7 +146,7 @@ class FeatureCache:
         for name, modules in self.encoders.items():
             for module in modules:
                 trainable = any(parameter.requires_grad for parameter in module.parameters())
-                floating = [leaf for out in self.outputs[module] for leaf in _tensors(out) if leaf.is_floating_point()]
+                floating = [leaf for leaf in _tensors(self._outputs[module]) if leaf.is_floating_point()]
                 if trainable and floating and not any(leaf.requires_grad for leaf in floating):
                     raise BackboneError(
                         f"the encoder of {name!r} has trainable parameters but its output carries no gradient: "
@@ -155,32 +156,26 @@ class FeatureCache:
                     )
 
     @contextmanager
-    def replaying(
-        self, student_input: StudentInput, batch: int, *, others: FeatureCache | None = None
-    ) -> Iterator[None]:
-        """Answer for all encoders with what they gave before, while the context is open.
+    def replay(self, student_input: StudentInput, batch: int, *, others: FeatureCache | None = None) -> Iterator[None]:
+        """Let all encoders return what they returned before, while the context is open.
 
         The features of the modalities of the student keep their gradient: students train the encoders. Those of
         the other modalities are detached, since a student must not move the encoder of another modality.
 
         Args:
-            student_input: which modalities are let through in which rows.
+            student_input: which modalities the student sees in which rows.
             batch: batch size of the recorded pass.
-            others: where the features of the other modalities come from; a record of one sample in which
-                everything was absent, or None for this record.
+            others: where the features of the other modalities come from; a cache of one sample in which
+                everything was absent, or None for this cache.
 
         Raises:
             BackboneError: the encoders were not called as in the recorded pass.
         """
-        students = student_input.modalities
         served: dict[nn.Module, int] = defaultdict(int)
-        # Picked before the pass and not inside it: a backbone that checkpoints its encoder would save what the
-        # picking needs, and not find it again when it runs the real encoder a second time.
+        # Selected before the pass and not inside it: a backbone that checkpoints its encoder would save what the
+        # selection needs, and not find it again when it runs the real encoder a second time.
         replies = {
-            module: [
-                self._reply(module, call, owner, student_input, batch, others)
-                for call in range(len(self.outputs[module]))
-            ]
+            module: self._select(module, owner, student_input, batch, others)
             for owner, modules in self.encoders.items()
             for module in modules
         }
@@ -190,66 +185,59 @@ class FeatureCache:
             call = served[module]
             served[module] += 1
             if call < len(replies[module]):
-                return self._given(replies[module][call])
-            if owner in students:
-                raise BackboneError(_MISCOUNT.format(owner, served[module], len(replies[module])))
+                return self._rebuilt(replies[module][call])
+            if owner in student_input.modalities:
+                raise _miscount(owner, served[module], len(replies[module]))
             return forward(*args, **kwargs)
 
         with patched_forward(self._handlers(handler)):
             yield
-        for modality in students:
+        for modality in student_input.modalities:
             for module in self.encoders[modality]:
-                if served[module] != len(self.outputs[module]):
-                    raise BackboneError(_MISCOUNT.format(modality, served[module], len(self.outputs[module])))
+                if served[module] != len(replies[module]):
+                    raise _miscount(modality, served[module], len(replies[module]))
 
     def no_grad_except(self, modalities: Collection[str]) -> dict[nn.Module, Handler]:
         """Return handlers under which only the encoders of ``modalities`` are run with gradient."""
 
         @untraced
-        def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-            if owner in modalities:
-                return forward(*args, **kwargs)
-            with torch.no_grad():
+        def handler(owner: str, _: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and owner in modalities):
                 return forward(*args, **kwargs)
 
         return self._handlers(handler)
 
-    def _reply(
-        self,
-        module: nn.Module,
-        call: int,
-        owner: str,
-        student_input: StudentInput,
-        batch: int,
-        others: FeatureCache | None,
-    ) -> Any:
+    # Not traced: what happens to versions of tensors is not what a compiler would see.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _keep(self, owner: str, module: nn.Module, output: Any) -> None:
+        strange = {type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, _LEAVES)}
+        if strange:
+            raise BackboneError(
+                f"the encoder of {owner!r} returns {', '.join(sorted(strange))}, in which features cannot be found to "
+                f"be replayed. Name the modules inside it as encoders, or set BackboneSpec(students='rerun')"
+            )
+        kept = self._rebuilt(output)
+        self._outputs[module].append(kept)
+        self._versions[module].append([leaf._version for leaf in _tensors(kept)])
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _rebuilt(self, output: Any) -> Any:
+        return tree_map(clone_tensor if self.copy else lambda leaf: leaf, output)
+
+    def _select(
+        self, module: nn.Module, owner: str, student_input: StudentInput, batch: int, others: FeatureCache | None
+    ) -> list[Any]:
+        """Return what an encoder module gives to a student, call by call."""
         own = owner in student_input.modalities
         source, size = (self, batch) if own or others is None else (others, 1)
-        pick = functools.partial(_pick, rows=student_input.rows, batch=size, detach=not own)
-        return tree_map(pick, source._kept(module, call, owner))
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _keep(self, owner: str, module: nn.Module, output: Any, features: bool, keep_rng_state: bool) -> None:
-        if features:
-            _check_leaves(output, owner)
-            kept = self._given(output)
-            self.outputs[module].append(kept)
-            self.versions[module].append(_versions(kept))
-        if keep_rng_state:
-            self.rng_state = get_rng_state()
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _given(self, output: Any) -> Any:
-        return tree_map(clone_tensor if self.copy else _same, output)
-
-    def _kept(self, module: nn.Module, call: int, owner: str) -> Any:
-        output, versions = self.outputs[module][call], self.versions[module][call]
-        if _versions(output) != versions:
-            raise BackboneError(
-                f"the backbone changed the output of the encoder of {owner!r} in place, so that it cannot be "
-                f"replayed; set BackboneSpec(copy_features=True)"
-            )
-        return output
+        for output, versions in zip(source._outputs[module], source._versions[module], strict=True):
+            if [leaf._version for leaf in _tensors(output)] != versions:
+                raise BackboneError(
+                    f"the backbone changed the output of the encoder of {owner!r} in place, so that it cannot be "
+                    f"replayed; set BackboneSpec(copy_features=True)"
+                )
+        select = functools.partial(_select_rows, rows=student_input.rows, batch=size, detach=not own)
+        return [tree_map(select, output) for output in source._outputs[module]]
 
     def _handlers(self, handler: Handler) -> dict[nn.Module, Handler]:
         return {
@@ -259,33 +247,23 @@ class FeatureCache:
         }
 
 
-def _check_leaves(output: Any, owner: str) -> None:
-    strange = {type(leaf).__name__ for leaf in tree_flatten(output)[0] if not isinstance(leaf, _LEAVES)}
-    if strange:
-        raise BackboneError(
-            f"the encoder of {owner!r} returns {', '.join(sorted(strange))}, in which features cannot be found to be "
-            f"replayed. Name the modules inside it as encoders, or set BackboneSpec(students='rerun')"
-        )
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-
-
-def _versions(output: Any) -> list[int]:
-    return [leaf._version for leaf in _tensors(output)]
-
-
-def _same(leaf: Any) -> Any:
-    return leaf
-
-
 def clone_tensor(leaf: Any) -> Any:
     """Return a copy of a tensor, and anything else as it is; for ``tree_map``."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _pick(leaf: Any, *, rows: Tensor, batch: int, detach: bool) -> Any:
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _miscount(owner: str, student: int, fused: int) -> BackboneError:
+    return BackboneError(
+        f"the encoder of {owner!r} was called {student} times in a student pass but {fused} times in the fused pass, "
+        f"so that its output cannot be replayed; set BackboneSpec(students='rerun')"
+    )
+
+
+def _select_rows(leaf: Any, *, rows: Tensor, batch: int, detach: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.ndim == 0 or leaf.shape[0] != batch:

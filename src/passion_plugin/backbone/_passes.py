@@ -54,17 +54,17 @@ class FusedPass:
         batch: batch size.
         raw: what the backbone returned, untouched.
         prediction: the teacher, with its gradient.
-        record: encoder outputs.
-        absent: encoder outputs of one sample in which everything is absent, for mixed replay.
-        state: what the modules kept on themselves; listed once for all students of the step.
+        features: encoder outputs.
+        absent_features: those of one sample in which everything is absent, for mixed replay.
+        state: what the modules keep on themselves; listed once for all students of the step.
     """
 
     call: BackboneCall
     batch: int
     raw: Any
     prediction: Prediction
-    record: FeatureCache
-    absent: FeatureCache | None
+    features: FeatureCache
+    absent_features: FeatureCache | None = None
     state: ModuleState | None = None
 
 
@@ -78,7 +78,7 @@ def fused_pass(
     copy_features: bool = False,
     skip: Skip = "no",
 ) -> FusedPass:
-    """Run the backbone on all that is available and listen.
+    """Run the backbone on all that is available, and capture its prediction and the features of its encoders.
 
     Absent modalities are blanked in the images first: a NaN that stands for "missing" would otherwise come
     back as 0 × NaN in the gradient of their encoders.
@@ -88,7 +88,7 @@ def fused_pass(
         call: the user's arguments.
         presence: bool (B, M), modalities whose content may be looked at.
         keep_rng_state: keep the random state after the last encoder.
-        keep_features: record what the encoders put out even if no student replays it.
+        keep_features: record what the encoders return even if no student replays it.
         copy_features: replay copies although the backbone does not ask for them. The graph is then the same
             whichever rows a student takes, which a sharded backbone needs: it gathers parameters in backward.
         skip: leave encoders out where their modality is ``"absent"`` from the whole batch, or from single
@@ -99,29 +99,31 @@ def fused_pass(
     if adapter.spec.students in ("rerun", "mixed"):
         # Students read the images again; a backbone that writes into them must not spoil that.
         given = adapter.with_input(call, tree_map(clone_tensor, adapter.input_of(call)))
-    record = FeatureCache(adapter.encoders, copy=adapter.spec.copy_features or copy_features)
-    record.rng_state = get_rng_state() if keep_rng_state else None
     replayed = adapter.spec.students in ("replay", "mixed", "heads")
-    recording = record.recording(features=replayed or keep_features, keep_rng_state=keep_rng_state)
+    features = FeatureCache(adapter.encoders, copy=adapter.spec.copy_features or copy_features)
+    features.rng_state = get_rng_state() if keep_rng_state else None
+    recording = features.record(features=replayed or keep_features, keep_rng_state=keep_rng_state)
     skipped = {}
     if skip != "no":
         skipped = skipping(adapter.encoders, adapter.modalities, presence, adapter.layouts, by_rows=skip == "rows")
     with patched_forward(skipped), patched_forward(recording), _captured(adapter) as captures:
         raw = adapter.run(given)
     if torch.is_grad_enabled() and replayed:
-        record.check_trainable()
-    with preserved_rng_state(keep_rng_state):
-        absent = _absent_record(adapter, call, len(presence)) if adapter.spec.students == "mixed" else None
-    return FusedPass(call, len(presence), raw, _prediction(captures), record, absent, ModuleState(adapter.backbone))
+        features.check_trainable()
+    state, absent = ModuleState(adapter.backbone), None
+    if adapter.spec.students == "mixed":
+        with preserved_rng_state(keep_rng_state):
+            absent = _absent_features(adapter, call, len(presence), state)
+    return FusedPass(call, len(presence), raw, _prediction(captures), features, absent, state)
 
 
 def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: StudentInput) -> Prediction:
-    """Run the backbone with some modalities let through, in student mode, with buffers at rest.
+    """Run the backbone on some modalities and rows, in student mode; buffers and attributes stay as they are.
 
     Args:
         adapter: the backbone.
         fused: the fused pass of this step.
-        student_input: which modalities are let through in which rows.
+        student_input: which modalities the student sees in which rows.
 
     Returns:
         The prediction of these rows.
@@ -133,13 +135,13 @@ def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: Stud
     keep = torch.zeros(len(rows), len(adapter.modalities), dtype=torch.bool)
     keep[:, [adapter.modalities.index(modality) for modality in modalities]] = True
     call = adapter.rows(fused.call, rows, fused.batch)
-    if fused.record.rng_state is not None:
-        set_rng_state(fused.record.rng_state)
+    if fused.features.rng_state is not None:
+        set_rng_state(fused.features.rng_state)
     if adapter.spec.students in ("replay", "mixed"):
-        others = fused.record.replaying(student_input, fused.batch, others=fused.absent)
+        encoders = fused.features.replay(student_input, fused.batch, others=fused.absent_features)
     else:
-        others = patched_forward(fused.record.no_grad_except(modalities))
-    with adapter.student_mode(fused.state), others, _captured(adapter) as captures:
+        encoders = patched_forward(fused.features.no_grad_except(modalities))
+    with adapter.student_mode(fused.state), encoders, _captured(adapter) as captures:
         adapter.run_masked(call, keep)
     prediction = _prediction(captures)
     if len(prediction.logits) != len(rows):
@@ -190,7 +192,7 @@ def _can_learn(adapter: BackboneAdapter, modalities: Sequence[str]) -> bool:
     """Whether these modalities can learn in front of the classifier: in their encoders, where they are known."""
     own = [module for name in modalities for module in adapter.encoders.get(name, ())]
     others = [module for name, group in adapter.encoders.items() if name not in modalities for module in group]
-    others += [] if adapter.classifier is None else [adapter.classifier]
+    others.append(adapter.classifier)
     elsewhere = {parameter for module in others for parameter in module.parameters()}
     modules = own or [adapter.backbone]
     return any(p.requires_grad for module in modules for p in module.parameters() if p not in elsewhere)
@@ -198,27 +200,27 @@ def _can_learn(adapter: BackboneAdapter, modalities: Sequence[str]) -> bool:
 
 @contextmanager
 def _captured(adapter: BackboneAdapter) -> Iterator[list[OutputCapture]]:
-    modules = [adapter.classifier, *adapter.coarse]
+    modules = [adapter.classifier, *adapter.deep_supervision]
     captures = [OutputCapture(name) for name in (adapter.spec.classifier, *adapter.spec.deep_supervision)]
-    with patched_forward({module: tap for module, tap in zip(modules, captures, strict=True) if module is not None}):
+    with patched_forward(dict(zip(modules, captures, strict=True))):
         yield captures
 
 
 def _prediction(captures: Sequence[OutputCapture]) -> Prediction:
     features, logits = captures[0].result()
-    return Prediction(logits, features, tuple(tap.result()[1] for tap in captures[1:]))
+    return Prediction(logits, features, tuple(capture.result()[1] for capture in captures[1:]))
 
 
 @torch.no_grad()
-def _absent_record(adapter: BackboneAdapter, call: BackboneCall, batch: int) -> FeatureCache:
+def _absent_features(adapter: BackboneAdapter, call: BackboneCall, batch: int, state: ModuleState) -> FeatureCache:
     """Record what the encoders make of one sample in which every modality is absent."""
-    record = FeatureCache(adapter.encoders, copy=adapter.spec.copy_features)
+    features = FeatureCache(adapter.encoders, copy=adapter.spec.copy_features)
     nothing = torch.zeros(1, len(adapter.modalities), dtype=torch.bool)
     call = adapter.blanked(adapter.rows(call, torch.tensor([0]), batch), nothing)
     what = "one sample in which every modality is absent"
-    with explain_errors(what), adapter.student_mode(), patched_forward(record.recording()):
+    with explain_errors(what), adapter.student_mode(state), patched_forward(features.record()):
         adapter.run_masked(call, ~nothing)
-    return record
+    return features
 
 
 def passes_reentrant(outputs: Any) -> bool:

@@ -31,8 +31,8 @@ def prediction_of(raw: Any) -> Tensor:
     labels = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
     if labels:
         raise BackboneError(
-            f"the backbone returns {labels[0].dtype} {tuple(labels[0].shape)}: labels, not logits or "
-            f"probabilities, so that nothing can be distilled. Let it return what its last layer gives"
+            f"the backbone returns {labels[0].dtype} {tuple(labels[0].shape)}: labels, not logits or probabilities. "
+            f"Let it return what its last layer gives."
         )
     raise BackboneError(
         f"the backbone returns {type(raw).__name__} without a tensor (batch, classes, *spatial) in it: is "
@@ -97,13 +97,6 @@ class Prediction:
     def detached(self) -> Prediction:
         """Return it without gradient."""
         return self.of([tensor.detach() for tensor in self.tensors()])
-
-    def split(self, sizes: Sequence[int]) -> list[Prediction]:
-        """Cut the batch into consecutive parts."""
-        if len(sizes) == 1:
-            return [self]
-        parts = zip(*(tensor.split(list(sizes)) for tensor in self.tensors()), strict=True)
-        return [self.of(part) for part in parts]
 
     def rows(self, index: Tensor) -> Prediction:
         """Return some samples only, given in ascending order."""

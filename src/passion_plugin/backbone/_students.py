@@ -123,7 +123,7 @@ def _head_student(
         )
     head = heads[adapter.modalities.index(modality)]
     logits = fused.prediction.logits
-    maps = feature_maps(fused.record.features(modality), logits.ndim - 2)
+    maps = feature_maps(fused.features.features(modality), logits.ndim - 2)
     rows = student_input.rows.to(logits.device)
     prediction = head([feature.index_select(0, rows) for feature in maps], size=logits.shape[2:])
     return Student(student_input.modalities, student_input.rows, prediction)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from passion_plugin._validate import modality_problems
+from passion_plugin.data._csv import read_rows
 from passion_plugin.data._presence import PresenceTable
-from passion_plugin.data._reading import read_rows, shorten
-from passion_plugin.data._subsets import modality_problems
-from passion_plugin.errors import ConfigError, raise_problems
+from passion_plugin.errors import ConfigError, raise_problems, shortlist
 
 __all__ = ["read_split_csv", "write_split_csv"]
 
@@ -30,29 +28,21 @@ _PRESENT_BY_ID = (
 
 _MASKS = tuple(tuple(str(column) in present for column in range(4)) for present in _PRESENT_BY_ID)
 
-_ID_OF_MASK = {mask: number for number, mask in enumerate(_MASKS)}
-
 # NumPy 2 prints its own booleans as np.True_, and the published generator writes whatever is printed.
 _BOOL = r"(?:True|False|np\.True_|np\.False_)"
 
-_MASK_CELL = re.compile(rf"\[{_BOOL}(?:, ?{_BOOL})*\]")
-
-_IDS_CELL = re.compile(r"\[[0-9]{1,2}(?:, ?[0-9]{1,2})*\]")
-
-_LONGEST_CELL = 200
+_MASK_CELL = re.compile(rf"\[{_BOOL}(?:, ?{_BOOL}){{3}}\]")
 
 
 def read_split_csv(path: str | os.PathLike[str], modalities: Sequence[str]) -> PresenceTable:
     """Read a split file of the published code. Cells are matched against a pattern, never evaluated.
 
-    Columns: ``data_name``; ``mask_id``, one of 15 numbers; ``mask``, four booleans; ``pos_mask_ids``, the
-    numbers of all masks that can be reached by dropping more (all non-empty subsets). The three descriptions
-    of a mask must agree.
+    Columns: ``data_name``; ``mask_id``, one of 15 numbers; ``mask``, four booleans; ``pos_mask_ids``, the numbers of
+    all non-empty subsets of the mask. The three descriptions of a mask must agree.
 
-    The files hold no names of modalities, so you must give them, in the order of the four booleans. For the
-    published BraTS files that is ``("flair", "t1ce", "t1", "t2")``. Beware: their file names list the missing
-    rates in another order, (T1, T1c, FLAIR, T2): ``mr2468`` is 0.6 for FLAIR, 0.4 for T1c, 0.2 for T1 and 0.8
-    for T2.
+    The files hold no names of modalities, so you must give them, in the order of the four booleans. For the published
+    BraTS files that is ``("flair", "t1ce", "t1", "t2")``. Their file names list the missing rates in another order,
+    (T1, T1c, FLAIR, T2): ``mr2468`` is 0.6 for FLAIR, 0.4 for T1c, 0.2 for T1 and 0.8 for T2.
 
     Args:
         path: the file.
@@ -66,25 +56,22 @@ def read_split_csv(path: str | os.PathLike[str], modalities: Sequence[str]) -> P
     """
     _check_four(modalities, "read_split_csv")
     _, rows, problems = read_rows(path)
-    what = f"split file {os.fspath(path)}"
-    if not rows or rows[0][1] != _HEADER:
-        problems.append(f"the header is {shorten(rows[0][1] if rows else '')}; need {','.join(_HEADER)}")
-        raise_problems(problems, what=what)
+    header = rows[0][1] if rows else []
+    if header != _HEADER:
+        problems.append(f"the header is {shortlist(header)}; need {','.join(_HEADER)}")
+        raise_problems(problems, what=os.fspath(path))
     ids, masks = [], []
     for line, cells in rows[1:]:
-        found = [] if len(cells) == 4 else [f"{len(cells)} cells, need 4"]
-        if not found:
-            found = _row_problems(*cells[1:])
-        if found:
-            problems += [f"line {line}: {problem}" for problem in found]
-        else:
-            ids.append(cells[0])
-            masks.append(_MASKS[int(cells[1])])
-    raise_problems(problems, what=what)
+        try:
+            masks.append(_mask_of(cells))
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+        ids.append(cells[0])
+    raise_problems(problems, what=os.fspath(path))
     try:
         return PresenceTable(tuple(ids), tuple(modalities), np.array(masks, dtype=np.bool_).reshape(-1, 4))
     except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from None
+        raise ConfigError(f"{os.fspath(path)}: {error}") from None
 
 
 def write_split_csv(table: PresenceTable, path: str | os.PathLike[str]) -> None:
@@ -99,13 +86,11 @@ def write_split_csv(table: PresenceTable, path: str | os.PathLike[str]) -> None:
         ConfigError: the table does not have four modalities; the format knows no other number.
     """
     _check_four(table.modalities, "write_split_csv")
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(_HEADER)
-    for name, row in zip(table.sample_ids, table.presence.tolist(), strict=True):
-        mask = tuple(row)
-        writer.writerow([name, _ID_OF_MASK[mask], list(mask), _reachable(mask)])
-    Path(path).write_text(text.getvalue(), encoding="utf-8", newline="")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_HEADER)
+        for name, row in zip(table.sample_ids, table.presence.tolist(), strict=True):
+            writer.writerow([name, _MASKS.index(tuple(row)), row, _reachable(row)])
 
 
 def _reachable(mask: Sequence[bool]) -> list[int]:
@@ -117,30 +102,27 @@ def _reachable(mask: Sequence[bool]) -> list[int]:
     ]
 
 
-def _row_problems(mask_id: str, mask: str, reachable: str) -> list[str]:
-    problems = []
-    if not re.fullmatch(r"[0-9]|1[0-4]", mask_id):
-        problems.append(f"mask_id is {shorten(mask_id)}; need a number from 0 to 14")
-    if len(mask) > _LONGEST_CELL or not _MASK_CELL.fullmatch(mask) or mask.count(",") != 3:
-        problems.append(f"mask is {shorten(mask)}; need four booleans such as [True, False, False, True]")
-    if len(reachable) > _LONGEST_CELL or not _IDS_CELL.fullmatch(reachable):
-        problems.append(f"pos_mask_ids is {shorten(reachable)}; need a list of numbers such as [0, 2, 7]")
-    if problems:
-        return problems
+def _mask_of(cells: Sequence[str]) -> tuple[bool, ...]:
+    """Return the mask of a row; raise ValueError with what is wrong."""
+    if len(cells) != 4:
+        raise ValueError(f"{len(cells)} cells, need 4")
+    _, mask_id, mask, reachable = cells
+    if not _MASK_CELL.fullmatch(mask):
+        raise ValueError(f"mask is {shortlist([mask])}; need four booleans such as [True, False, False, True]")
     values = tuple("True" in part for part in mask.split(","))
     if not any(values):
-        return [f"mask is {mask}: the sample has nothing; leave it out"]
-    if _MASKS[int(mask_id)] != values:
-        problems.append(f"mask_id {mask_id} means {list(_MASKS[int(mask_id)])}, but mask is {mask}")
-    expected = _reachable(values)
-    if sorted(map(int, reachable[1:-1].split(","))) != expected:
-        problems.append(f"pos_mask_ids is {reachable}, but the subsets of {mask} are {expected}")
-    return problems
+        raise ValueError(f"mask is {mask}: the sample has nothing; leave it out")
+    number, expected = _MASKS.index(values), _reachable(values)
+    if mask_id != str(number):
+        raise ValueError(f"mask_id is {shortlist([mask_id])}, but that of {mask} is {number}")
+    if reachable.replace(" ", "") != str(expected).replace(" ", ""):
+        raise ValueError(f"pos_mask_ids is {shortlist([reachable])}, but the subsets of {mask} are {expected}")
+    return values
 
 
 def _check_four(modalities: Sequence[str], what: str) -> None:
     problems = modality_problems(modalities)
-    if not isinstance(modalities, str) and len(modalities) != 4:
+    if not problems and len(modalities) != 4:
         problems.append(
             f"{len(modalities)} modalities, but this format has exactly four; use PresenceTable.save / .load"
         )

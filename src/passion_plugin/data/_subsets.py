@@ -10,61 +10,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from passion_plugin._validate import as_tuple, describe, is_one_of
+from passion_plugin._validate import as_tuple, describe, is_one_of, modality_problems
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
 
-__all__ = ["all_subsets", "drop_modalities", "modality_problems", "parse_subset", "subset_mask", "subset_name"]
-
-_MOST_MODALITIES = 16
-
-_RESERVED = "+,=\"'"
+__all__ = ["all_subsets", "drop_modalities", "parse_subset", "subset_mask", "subset_name"]
 
 UniformOver = Literal["subsets", "sizes"]
 
+_MOST_MODALITIES = 16  # 65,535 subsets
 
-def modality_problems(modalities: Sequence[str]) -> list[str]:
-    """Return what is wrong with names of modalities, one sentence each; an empty list when nothing is.
-
-    Names appear in file headers and in names of subsets, so ``+ , = " '``, white space at the ends and a
-    leading ``#`` are refused.
-    """
-    names = as_tuple(modalities)
-    if names is None:
-        what = "one string" if isinstance(modalities, str) else type(modalities).__name__
-        return [f"modalities={modalities!r} is {what}; pass a tuple of names"]
-    problems = []
-    if not names:
-        problems.append("modalities is empty; pass at least one name")
-    for name in names:
-        if not isinstance(name, str):
-            problems.append(f"modality {name!r} is {type(name).__name__}; names are strings")
-        elif (
-            not name.strip()
-            or name != name.strip()
-            or name[0] == "#"
-            or not name.isprintable()
-            or any(character in name for character in _RESERVED)
-        ):
-            problems.append(
-                f"modality {name!r}: a name must be printable, without + , = or quotes, without spaces at "
-                "its ends, and not start with #"
-            )
-    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
-    if repeated:
-        problems.append(f"modality {', '.join(map(repr, repeated))} is named more than once; use distinct names")
-    return problems
+_MOST_BITS = 62  # of a random number in int64
 
 
 def all_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """Return all 2^M - 1 non-empty subsets, in the order that every table of this library uses.
 
-    Smaller subsets first; within a size in the order of ``modalities`` (lexicographic by position).
-
-    Args:
-        modalities: M names, in mask-column order.
-
-    Returns:
-        Tuples of names, each in the order of ``modalities``.
+    Smaller subsets first; within a size in the order of the M ``modalities`` (lexicographic by position).
 
     Raises:
         ConfigError: bad or repeated names, or more than 16 of them.
@@ -95,7 +56,7 @@ def parse_subset(subset: str | Iterable[str], modalities: Sequence[str]) -> tupl
 
     Args:
         subset: a name such as ``"flair+t1ce"``, or the member names.
-        modalities: M names, in mask-column order.
+        modalities: M names, in mask-column order. They may hold a ``+`` themselves.
 
     Returns:
         The members, without repetition, in mask-column order.
@@ -106,36 +67,47 @@ def parse_subset(subset: str | Iterable[str], modalities: Sequence[str]) -> tupl
     Example:
         >>> parse_subset("t1ce + flair", ("flair", "t1ce", "t1", "t2"))
         ('flair', 't1ce')
+        >>> parse_subset("T1+C+T2", ("T1", "T1+C", "T2"))
+        ('T1+C', 'T2')
     """
     raise_problems(modality_problems(modalities), what=f"subset {subset!r}")
-    wanted = as_tuple(subset.split("+") if isinstance(subset, str) else subset) or ()
-    names = [name.strip() if isinstance(name, str) else name for name in wanted]
+    modalities = tuple(modalities)
+    members = _members(subset, modalities) if isinstance(subset, str) else as_tuple(subset) or ()
     problems = [
         f"unknown modality {name!r}.{suggest(str(name), modalities)}"
-        for name in names
-        if not is_one_of(name, tuple(modalities))
+        for name in members
+        if not is_one_of(name, modalities)
     ]
-    if not names:
+    if not members:
         problems.append("it is empty; name at least one modality")
-    repeated = [name for name, count in Counter(map(str, names)).items() if count > 1]
+    repeated = [name for name, count in Counter(map(str, members)).items() if count > 1]
     if repeated:
         problems.append(f"{', '.join(map(repr, repeated))} is named more than once")
     raise_problems(problems, what=f"subset {subset!r}")
-    return tuple(name for name in modalities if name in names)
+    return tuple(name for name in modalities if name in members)
+
+
+def _members(subset: str, modalities: Sequence[str]) -> tuple[str, ...]:
+    """Split a name at those ``+`` that join modalities; where that cannot be done, at every ``+``."""
+    pieces = _pieces(subset)
+    words = {_pieces(name): name for name in modalities}
+    # The names that lead to each position. There is one way at most, see `modality_problems`.
+    found: dict[int, tuple[str, ...]] = {0: ()}
+    for end in range(1, len(pieces) + 1):
+        for start in range(end):
+            if start in found and pieces[start:end] in words:
+                found[end] = (*found[start], words[pieces[start:end]])
+    return found.get(len(pieces), pieces)
+
+
+def _pieces(name: str) -> tuple[str, ...]:
+    return tuple(piece.strip() for piece in name.split("+"))
 
 
 def subset_mask(subset: str | Iterable[str], modalities: Sequence[str]) -> Tensor:
-    """Return the mask of a subset.
+    """Return the mask of a subset, (M,) bool, True where the modality belongs to it.
 
-    Args:
-        subset: a name such as ``"flair+t1ce"``, or the member names.
-        modalities: M names, in mask-column order.
-
-    Returns:
-        (M,) bool, True where the modality belongs to the subset.
-
-    Raises:
-        ConfigError: as in :func:`parse_subset`.
+    Args and errors are those of :func:`parse_subset`.
 
     Example:
         >>> subset_mask("t1ce+t2", ("flair", "t1ce", "t1", "t2")).tolist()
@@ -190,13 +162,18 @@ def drop_modalities(
         raise InputError(f"drop_modalities: no modality at all in rows {rows}; drop such samples from the data")
     source = presence.device if generator is None else generator.device
     batch, size = presence.shape
-    # Integers are exact and exist on every device; the remainder is uniform to 1 part in 2^46 for M <= 16.
-    draw = torch.randint(2**62, (batch, 1), generator=generator, device=source).to(presence.device)
+    # Integers are exact and exist on every device.
+    draw = torch.randint(2**_MOST_BITS, (batch, 1), generator=generator, device=source).to(presence.device)
     available = presence.sum(1, keepdim=True).clamp(min=1)
     if uniform_over == "sizes":
         order = torch.rand(batch, size, generator=generator, device=source).to(presence.device)
         ranks = order.masked_fill(~presence, 2).argsort(1).argsort(1)
         return presence & (ranks <= draw % available)
-    code = 1 + draw % ((1 << available) - 1)
+    # Bit k of the code says whether the k-th available modality is kept; a code of 0 would keep none.
+    code = 1 + draw % ((1 << available.clamp(max=_MOST_BITS)) - 1)
     position = (presence.long().cumsum(1) - 1).clamp(min=0)
-    return presence & ((code >> position) & 1).bool()
+    kept = ((code >> position.clamp(max=_MOST_BITS)) & 1).bool()
+    if size > _MOST_BITS:  # a coin for each of the others; to keep none of the first 62 has a chance of 2^-62
+        coins = torch.randint(2, (batch, size), generator=generator, device=source).to(presence.device).bool()
+        kept |= coins & (position >= _MOST_BITS)
+    return presence & kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from passion_plugin._validate import as_tuple
+from passion_plugin._validate import as_tuple, modality_problems
 from passion_plugin.backbone import (
     BackboneAdapter,
     BackboneCall,
@@ -47,7 +47,8 @@ def check_setup(backbone: Any, modalities: Any, config: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: listing everything that is wrong.
     """
-    problems = []
+    names = as_tuple(modalities) or ()
+    problems = modality_problems(names or modalities, least=2)
     if not isinstance(backbone, nn.Module):
         problems.append(f"the backbone must be a torch.nn.Module, got {type(backbone).__name__}")
     elif type(backbone).__name__ in _OUTER:
@@ -55,18 +56,10 @@ def check_setup(backbone: Any, modalities: Any, config: Any) -> tuple[str, ...]:
             f"the backbone is a {type(backbone).__name__}: give its .module, and put DistributedDataParallel around "
             f"the wrapper (DataParallel is not supported; for shards use fully_shard)"
         )
-    problems += _modality_problems(modalities)
     if not isinstance(config, PassionConfig):
         problems.append(f"config must be a PassionConfig, got {type(config).__name__}")
     raise_problems(problems, what="PassionEngine")
-    return tuple(modalities)
-
-
-def _modality_problems(modalities: Any) -> list[str]:
-    names = as_tuple(modalities) or (modalities,)
-    if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
-        return [f"modalities must be at least two names, got {modalities!r}"]
-    return [] if len(set(names)) == len(names) else [f"modalities must be different names, got {modalities!r}"]
+    return names
 
 
 def initial_spec(
@@ -175,7 +168,7 @@ def example_heads(adapter: BackboneAdapter, call: BackboneCall) -> nn.ModuleList
     everything = torch.ones(adapter.batch_of(call), len(adapter.modalities), dtype=torch.bool)
     with torch.random.fork_rng(), ModuleState(backbone).preserved():
         fused = fused_pass(adapter, call, everything)
-        features = {modality: fused.record.features(modality) for modality in adapter.modalities}
+        features = {modality: fused.features.features(modality) for modality in adapter.modalities}
         # Autocast keeps weights that it has cast, and PyTorch 2.5 those that were cast without gradient too.
         torch.clear_autocast_cache()
         dtypes = [p.dtype for p in backbone.parameters() if p.is_floating_point()]

@@ -1,23 +1,32 @@
 """Evaluation of a segmentation model on every subset of its modalities.
 
-:func:`evaluate_subsets` runs the model once per subset and batch and returns a :class:`SubsetResults`:
-tidy rows with Dice (and HD95 on request) per subset, sample and target, which print as tables, survive a
-CSV file, can be compared pair by pair and plotted.
+* ``_evaluate.py``: :func:`evaluate_subsets` runs the model once per subset and batch.
+* ``_metrics.py``: scores and labels to masks; Dice and HD95.
+* ``_results.py``: :class:`SubsetResults`, a row per subset, sample, target and metric: means, comparisons, tables, CSV.
 """
 
 from __future__ import annotations
 
-from passion_plugin.evaluation._evaluate import evaluate_subsets
-from passion_plugin.evaluation._inference import sliding_window_predict
-from passion_plugin.evaluation._metrics import BRATS_REGIONS, dice_scores, hd95_scores, region_masks
-from passion_plugin.evaluation._results import SubsetResults
-from passion_plugin.evaluation._rows import DIFFERENCE, Convention, Row, Summary
-from passion_plugin.evaluation._tables import caption, in_shown_unit, table_lines, title
+from passion_plugin.evaluation._evaluate import Predict, evaluate_subsets, sliding_window_predict
+from passion_plugin.evaluation._metrics import BRATS_PENALTY, BRATS_REGIONS, dice_scores, hd95_scores, region_masks
+from passion_plugin.evaluation._results import (
+    DIFFERENCE,
+    Convention,
+    Row,
+    SubsetResults,
+    Summary,
+    caption,
+    in_shown_unit,
+    table_lines,
+    title,
+)
 
 __all__ = [
+    "BRATS_PENALTY",
     "BRATS_REGIONS",
     "DIFFERENCE",
     "Convention",
+    "Predict",
     "Row",
     "SubsetResults",
     "Summary",

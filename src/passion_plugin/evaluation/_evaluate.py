@@ -1,25 +1,95 @@
-"""The loop over a loader and over the subsets of modalities."""
+"""The loop over a loader and over the subsets of modalities: what the model is given, and what it returns."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.data import all_subsets, modality_problems, parse_subset, subset_mask, subset_name
-from passion_plugin.errors import ConfigError, InputError, raise_problems, require
-from passion_plugin.evaluation._batches import Batch, read_batch
-from passion_plugin.evaluation._inference import Predict, call_model
-from passion_plugin.evaluation._metrics import BRATS_PENALTY
-from passion_plugin.evaluation._results import SubsetResults
-from passion_plugin.evaluation._rows import Convention, Row
-from passion_plugin.evaluation._scoring import Scorer
-from passion_plugin.evaluation._targets import Targets
+from passion_plugin._validate import modality_problems
+from passion_plugin.backbone import prediction_of, rival_predictions
+from passion_plugin.data import all_subsets, blank_missing, parse_subset, subset_mask, subset_name
+from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, require, shortlist
+from passion_plugin.evaluation._metrics import BRATS_PENALTY, Scorer
+from passion_plugin.evaluation._results import STATUS, Row, SubsetResults
 
-__all__ = ["evaluate_subsets"]
+__all__ = ["Predict", "call_model", "evaluate_subsets", "sliding_window_predict"]
+
+Predict: TypeAlias = Callable[[Any, Any, Tensor], Tensor]
+"""``predict(model, x, mask)`` -> scores (B, K, *spatial); ``mask`` is bool (B, M), True = present."""
+
+
+def call_model(model: Any, x: Any, mask: Tensor) -> Tensor:
+    """Call ``model(x, mask)`` and find the scores in what it returns, as training does.
+
+    Args:
+        model: any callable.
+        x: its input.
+        mask: bool (B, M).
+
+    Returns:
+        The first floating-point tensor (B, K, *spatial) of the output; of a dict the entry that is called like a
+        prediction, or the only one: :func:`passion_plugin.backbone.prediction_of`.
+
+    Raises:
+        InputError: there is none, or it is unclear which one it is; ``predict=`` is then the way.
+    """
+    output = model(x, mask)
+    hint = "Pass predict=lambda model, x, mask: ... that returns the scores as (B, K, *spatial)."
+    if rivals := rival_predictions(output):
+        raise InputError(f"the model returns {shortlist(rivals)}, and any of them may be the prediction. {hint}")
+    try:
+        return prediction_of(output)
+    except BackboneError as error:
+        raise InputError(f"{error} {hint}") from error
+
+
+def sliding_window_predict(
+    roi_size: int | Sequence[int],
+    *,
+    sw_batch_size: int = 4,
+    overlap: float = 0.5,
+    blend: Literal["constant", "gaussian"] = "constant",
+    predict: Predict = call_model,
+) -> Predict:
+    """Make a ``predict`` that runs MONAI's sliding-window inference.
+
+    Windows of several samples meet in one window batch; each is sent with the mask row of the sample it was
+    cut from. Scores of overlapping windows are averaged before argmax or sigmoid.
+
+    Args:
+        roi_size: size of a window, one number or one per spatial axis.
+        sw_batch_size: windows per call of the model.
+        overlap: overlap of neighbouring windows, as a fraction of the window, in [0, 1).
+        blend: ``"constant"`` weights all voxels of a window alike, ``"gaussian"`` its centre more.
+        predict: how one batch of windows is run.
+
+    Returns:
+        A function for ``evaluate_subsets(..., predict=...)``; its ``x`` must be a tensor (B, M·C, *spatial).
+
+    Raises:
+        ImportError: MONAI is not installed.
+    """
+    sliding_window = require("monai.inferers", extra="monai", purpose="sliding_window_predict").sliding_window_inference
+
+    def predict_by_windows(model: Any, x: Any, mask: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise InputError(f"sliding_window_predict needs a tensor (B, M·C, *spatial), not a {type(x).__name__}.")
+
+        def run(windows: Tensor, coordinates: Sequence[Sequence[slice]]) -> Tensor:
+            # The first slice of a window's coordinates picks its sample: the order of windows is MONAI's.
+            rows = torch.tensor([window[0].start for window in coordinates], device=mask.device)
+            # MONAI weights the scores in place; a model may have returned a view of its input.
+            return predict(model, windows, mask[rows]).to(x.dtype, copy=True)
+
+        scores: Tensor = sliding_window(x, roi_size, sw_batch_size, run, overlap=overlap, mode=blend, with_coord=True)
+        return scores
+
+    return predict_by_windows
 
 
 def evaluate_subsets(
@@ -51,7 +121,9 @@ def evaluate_subsets(
     back afterwards, also after an error.
 
     Args:
-        model: called as ``model(x, mask)`` with x (B, M, *spatial) and mask bool (B, M).
+        model: called as ``model(x, mask)`` with mask bool (B, M) and x as in training: (B, M·C, *spatial), C channels
+            for each modality, or a list of M tensors, or a mapping from modality to tensor. Other containers are
+            passed on as they are: the mask alone then says what is absent.
         loader: yields mappings with ``"image"`` and ``"label"``, and optionally ``"mask"`` (what the sample
             really has), ``"id"`` and ``"spacing"`` (mm); or tuples (x, label) or (x, mask, label).
         modalities: names in mask order.
@@ -94,80 +166,212 @@ def evaluate_subsets(
     """
     raise_problems(modality_problems(modalities), what="evaluate_subsets", error=ConfigError)
     modalities = tuple(modalities)
-    chosen = _resolve(subsets, modalities)
-    scorer = Scorer(
-        Targets(num_classes, regions, outputs, apply_sigmoid, threshold),
-        empty,
-        hd95,
-        hd95_empty,
-        hd95_penalty,
-    )
+    chosen = _chosen(subsets, modalities)
+    scorer = Scorer(num_classes, regions, outputs, apply_sigmoid, threshold, empty, hd95, hd95_empty, hd95_penalty)
     if device is None and isinstance(model, nn.Module):
         device = next((parameter.device for parameter in model.parameters()), None)
+    if progress:
+        loader = require("tqdm", extra="examples", purpose="progress=True").tqdm(loader, "evaluation", unit="batch")
     # Per subset and sample: its rows, or None when the sample lacks a modality of the subset.
-    scored: dict[str, dict[str, list[Row] | None]] = {subset_name(subset): {} for subset in chosen}
+    scored: dict[str, dict[str, list[Row] | None]] = {name: {} for name in chosen}
     seen: set[str] = set()
     units: set[str] = set()
     with _evaluating(model):
-        for item in _bar(loader, progress):
+        for item in loader:
             item = item if batch is None else batch(item)
-            current = read_batch(item, modalities, first=len(seen), device=device, spacing=spacing)
+            current = _read_batch(item, modalities, first=len(seen), device=device, spacing=spacing)
             for name in current.ids:
                 if name in seen:
                     raise InputError(f"sample id {name!r} comes twice; every sample needs its own.")
                 seen.add(name)
             units.add("voxels" if current.spacing is None else "mm")
-            for subset in chosen:
-                scored[subset_name(subset)] |= _score_batch(model, predict, current, subset, modalities, scorer)
-    _check_run(len(seen), units if hd95 else set(), scored)
-    return _collect(scored, modalities, scorer.conventions(unit=units.pop()))
+            for name, mask in chosen.items():
+                scored[name] |= _score(model, predict, current, name, mask, modalities, scorer)
+    template = next((rows for found in scored.values() for rows in found.values() if rows), [])
+    problems = [] if seen else ["the loader is empty (or a generator that has been used up)."]
+    if hd95 and len(units) > 1:
+        problems.append("some batches have a spacing and some have none; pass spacing= for all.")
+    if seen and not template:
+        problems.append(f"no sample has all modalities of any of the subsets {list(scored)}.")
+    raise_problems(problems, what="evaluate_subsets", error=InputError)
+    rows: list[Row] = []
+    for name, found in scored.items():
+        for sample, own in found.items():
+            rows += own or [Row(name, sample, row.target, row.metric, None, "missing") for row in template]
+    return SubsetResults(modalities, tuple(rows), scorer.conventions(units.pop()))
 
 
-def _score_batch(
+class _Batch(NamedTuple):
+    """One batch of a loader; x is a tensor (B, M·C, *spatial), or a container of tensors with B rows."""
+
+    x: Any
+    label: Tensor  # (B, ...)
+    presence: Tensor  # bool (B, M), which modalities each sample really has
+    ids: tuple[str, ...]
+    spacing: tuple[tuple[float, ...], ...] | None  # voxel size in mm per sample and axis
+
+
+def _score(
     model: Callable[..., Any],
     predict: Predict,
-    batch: Batch,
-    subset: tuple[str, ...],
+    batch: _Batch,
+    subset: str,
+    mask: Tensor,
     modalities: tuple[str, ...],
     scorer: Scorer,
 ) -> dict[str, list[Row] | None]:
     """Rows of every sample of a batch for one subset; None for a sample that lacks one of its modalities."""
-    wanted = subset_mask(subset, modalities).to(batch.presence.device)
-    complete = (batch.presence | ~wanted).all(dim=1)
+    mask = mask.to(batch.presence.device)
     found: dict[str, list[Row] | None] = dict.fromkeys(batch.ids)
-    rows = complete.nonzero().flatten()
+    rows = (batch.presence | ~mask).all(dim=1).nonzero().flatten()
     if not len(rows):
         return found
     ids = [batch.ids[row] for row in rows.tolist()]
-    label = batch.label[rows]
-    scores = predict(model, batch.inputs(rows, wanted, modalities), wanted.expand(len(rows), -1).clone())
-    where = f"subset {subset_name(subset)!r}, samples {ids}"
+    scores = predict(model, _inputs(batch.x, rows, mask, modalities), mask.expand(len(rows), -1).clone())
+    where = f"subset {subset!r}, samples {ids}"
     if not isinstance(scores, Tensor) or scores.ndim < 3 or len(scores) != len(rows):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(f"{where}: the scores are {shape}; they must be (B, K, *spatial) with B = {len(rows)}.")
     if bool(scores.isnan().any()):
         raise InputError(f"{where}: the model's scores contain NaN. Is a modality of the input NaN?")
     spacing = None if batch.spacing is None else [batch.spacing[row] for row in rows.tolist()]
-    return found | scorer.rows(scores.to(label.device), label, ids, subset_name(subset), spacing)
+    label = batch.label[rows]
+    values, empties = scorer.values(scores.to(label.device), label, spacing)
+    names = scorer.names(scores.shape[1])
+    for b, sample in enumerate(ids):
+        found[sample] = [
+            Row(subset, sample, name, metric, None if math.isnan(value) else value, STATUS[empty])
+            for metric, table in values.items()
+            for name, value, empty in zip(names, table[b].tolist(), empties[b].tolist(), strict=True)
+        ]
+    return found
 
 
-def _resolve(subsets: Iterable[str | Sequence[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Turn the ``subsets`` argument into tuples in mask order, each once."""
-    if subsets is None:
-        return list(all_subsets(modalities))
-    if isinstance(subsets, str):
-        subsets = [subsets]
+def _inputs(x: Any, rows: Tensor, mask: Tensor, modalities: Sequence[str]) -> Any:
+    """Rows of ``x`` in which every modality outside the mask (M,) is zero, whatever was there."""
+    # Taking rows copies, so a model that works in place cannot spoil the next subset.
+    taken = _map_tensors(x, lambda tensor: tensor[rows])
+    if isinstance(taken, Tensor):
+        return blank_missing(taken, mask.expand(len(rows), -1))
+    if isinstance(taken, Mapping):
+        keep = dict(zip(modalities, mask.tolist(), strict=True))
+        return {
+            name: part if keep.get(name, True) else _map_tensors(part, torch.zeros_like) for name, part in taken.items()
+        }
+    if isinstance(taken, (list, tuple)) and len(taken) == len(modalities):
+        kept = zip(taken, mask.tolist(), strict=True)
+        return type(taken)(part if keep else _map_tensors(part, torch.zeros_like) for part, keep in kept)
+    return taken
+
+
+def _read_batch(
+    item: Any,
+    modalities: Sequence[str],
+    *,
+    first: int,
+    device: torch.device | str | None,
+    spacing: Sequence[float] | None,
+) -> _Batch:
+    """Read one item of a loader; ``first`` is the number of its first sample, ``spacing`` goes before its own."""
+    fields = _fields(item)
+    x = _map_tensors(fields["image"], lambda tensor: tensor.to(device))
+    label = _as_tensor(fields["label"], "label", device)
+    size = len(label) if label.ndim else 0
+    if isinstance(x, Tensor) and (x.ndim < 3 or len(x) != size or x.shape[1] % len(modalities) != 0):
+        raise InputError(
+            f"image has shape {tuple(x.shape)}, label {tuple(label.shape)}; image must be (B, M·C, *spatial) "
+            f"with the label's B and C channels for each of {', '.join(modalities)}."
+        )
+    missing = [name for name in modalities if name not in x] if isinstance(x, Mapping) else []
+    if 0 < len(missing) < len(modalities):
+        raise InputError(
+            f"image has entries {shortlist(x)} and none for {shortlist(missing)}; name an entry like each "
+            "modality, so that what a subset lacks can be blanked, or none of them"
+        )
+    given = fields.get("mask")
+    presence = torch.ones(size, len(modalities)) if given is None else _as_tensor(given, "mask")
+    if presence.shape != (size, len(modalities)) or not bool(((presence == 0) | (presence == 1)).all()):
+        raise InputError(
+            f"mask is {presence.dtype} of shape {tuple(presence.shape)}; it must be (B, M) = "
+            f"({size}, {len(modalities)}), True where the sample has the modality."
+        )
+    ids = fields.get("id")
+    ids = range(first, first + size) if ids is None else [ids] if isinstance(ids, str) else list(ids)
+    if len(ids) != size:
+        raise InputError(f"the batch has {size} samples and {len(ids)} ids; give one per sample.")
+    return _Batch(
+        x=x,
+        label=label,
+        presence=presence.bool().to(label.device),
+        ids=tuple(str(name.item() if isinstance(name, Tensor) else name) for name in ids),
+        spacing=_spacings(spacing if spacing is not None else fields.get("spacing"), size),
+    )
+
+
+def _fields(item: Any) -> Mapping[str, Any]:
+    if isinstance(item, Mapping) and {"image", "label"} <= set(item):
+        return item
+    if isinstance(item, (tuple, list)) and len(item) in (2, 3):
+        names = ("image", "label") if len(item) == 2 else ("image", "mask", "label")
+        return dict(zip(names, item, strict=True))
+    if isinstance(item, Mapping):
+        found = f"a mapping with keys {sorted(map(str, item))}"
+    else:
+        found = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
+    raise InputError(
+        f"the loader yields {found}; it must yield a mapping with 'image' and 'label' (and 'mask', 'id', "
+        "'spacing'), (x, label) or (x, mask, label). Pass batch=function to turn yours into one of these."
+    )
+
+
+def _spacings(spacing: Any, size: int) -> tuple[tuple[float, ...], ...] | None:
+    if spacing is None:
+        return None
+    if isinstance(spacing, (list, tuple)) and all(isinstance(part, Tensor) and part.ndim == 1 for part in spacing):
+        # Of a tuple of numbers in each item the default collate function makes a tensor (B,) for each axis.
+        spacing = torch.stack(list(spacing), dim=1 if all(len(part) == size for part in spacing) else 0)
+    values = torch.as_tensor(spacing, dtype=torch.float64)
+    if values.ndim == 1:
+        values = values.expand(size, -1)
+    if values.ndim != 2 or len(values) != size:
+        raise InputError(f"spacing has shape {tuple(values.shape)}; give (axes,) for all samples or (B, axes), in mm.")
+    return tuple(tuple(row) for row in values.tolist())
+
+
+def _as_tensor(value: Any, name: str, device: torch.device | str | None = None) -> Tensor:
+    try:
+        return torch.as_tensor(value).to(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is a {type(value).__name__} that is no tensor: {error}") from error
+
+
+def _map_tensors(structure: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor in nested mappings, lists and tuples."""
+    if isinstance(structure, Tensor):
+        return function(structure)
+    if isinstance(structure, Mapping):
+        return {key: _map_tensors(value, function) for key, value in structure.items()}
+    if isinstance(structure, (list, tuple)):
+        parts = [_map_tensors(value, function) for value in structure]
+        return parts if isinstance(structure, list) else tuple(parts)
+    return structure
+
+
+def _chosen(subsets: Iterable[str | Sequence[str]] | None, modalities: tuple[str, ...]) -> dict[str, Tensor]:
+    """Turn the ``subsets`` argument into names and masks (M,), each once."""
+    wanted = all_subsets(modalities) if subsets is None else [subsets] if isinstance(subsets, str) else subsets
     problems: list[str] = []
-    chosen: dict[tuple[str, ...], None] = {}
-    for subset in subsets:
+    chosen: dict[str, Tensor] = {}
+    for subset in wanted:
         try:
-            chosen[parse_subset(subset, modalities)] = None
+            members = parse_subset(subset, modalities)
+            chosen[subset_name(members)] = subset_mask(members, modalities)
         except ConfigError as error:
             problems.append(str(error))
     if not chosen and not problems:
         problems.append("no subset is given; leave the argument out for all of them.")
     raise_problems(problems, what="subsets", error=ConfigError)
-    return list(chosen)
+    return chosen
 
 
 @contextmanager
@@ -184,36 +388,3 @@ def _evaluating(model: object) -> Iterator[None]:
         finally:
             for module, training in flags:
                 module.training = training
-
-
-def _bar(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return loader
-    bar: Iterable[Any] = require("tqdm", extra="examples", purpose="progress=True").tqdm(
-        loader, desc="evaluation", unit="batch"
-    )
-    return bar
-
-
-def _check_run(samples: int, units: set[str], scored: Mapping[str, Mapping[str, Any]]) -> None:
-    problems = []
-    if not samples:
-        problems.append("the loader is empty (or a generator that has been used up).")
-    if len(units) > 1:
-        problems.append("some batches have a spacing and some have none; pass spacing= for all.")
-    if samples and not any(rows for found in scored.values() for rows in found.values()):
-        problems.append(f"no sample has all modalities of any of the subsets {list(scored)}.")
-    raise_problems(problems, what="evaluate_subsets", error=InputError)
-
-
-def _collect(
-    scored: Mapping[str, Mapping[str, list[Row] | None]],
-    modalities: tuple[str, ...],
-    conventions: Mapping[str, Convention],
-) -> SubsetResults:
-    template = next(rows for samples in scored.values() for rows in samples.values() if rows)
-    rows = []
-    for subset, samples in scored.items():
-        for sample, found in samples.items():
-            rows += found or [Row(subset, sample, row.target, row.metric, None, "missing") for row in template]
-    return SubsetResults(modalities, tuple(rows), conventions)

@@ -51,16 +51,8 @@ class PassionEngine(nn.Module):
 
     Args:
         backbone: any multi-encoder segmentation module. Never edited.
-        modalities: M >= 2 names, in mask-column order.
-        presence: which training sample has what: a PresenceTable or a bool array (N, M).
-        missing_rates: instead of ``presence``: the missing rate of each modality.
-        spec: how to call the backbone; the name of a preset; or None to choose a preset by the structure of the
-            class, or else to detect the spec with the first training batch.
-        config: hyper-parameters; the defaults when None.
-        strategy: a balancing rule to run in place of PASSION, an object; None for PASSION as ``config`` says.
-        example_input: images to detect and check the spec with at once instead of at the first batch. Needed when
-            students turn out to be heads, which must exist before the optimizer is made.
-        example_mask: the mask that goes with it.
+        modalities, presence, missing_rates, spec, config, strategy, example_input, example_mask: as for
+            :class:`~passion_plugin.PassionWrapper`.
 
     Attributes:
         backbone: the module; not registered as a part of the engine.
@@ -366,7 +358,9 @@ class PassionEngine(nn.Module):
             presence=available,
             active=active_students(available),
             image_size=adapter.image_size(call),
-            features={name: fused.record.features(name) for name in self.modalities} if strategy.needs_features else {},
+            features={name: fused.features.features(name) for name in self.modalities}
+            if strategy.needs_features
+            else {},
             unused=unused,
         )
 

@@ -1,4 +1,4 @@
-"""How rare each modality is in the training set, from a presence table or from missing rates."""
+"""How frequent each modality is in the training set, from a presence table or from missing rates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from passion_plugin._validate import as_tuple
+from passion_plugin._validate import as_tuple, modality_problems
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 
-__all__ = ["ModalityFrequencies"]
+__all__ = ["ModalityFrequencies", "values_by_modality"]
 
 
 @dataclass(frozen=True)
 class ModalityFrequencies:
-    r"""ModalityFrequencies weights :math:`w_m = N / N_m = 1 / (1 - MR_m)`.
+    r"""Frequencies of the modalities and the rarity weights :math:`w_m = N / N_m = 1 / (1 - MR_m)`.
 
     Attributes:
         weights: w, (M,).
@@ -39,20 +39,26 @@ class ModalityFrequencies:
 
         Args:
             modalities: M names.
-            presence: a :class:`~passion_plugin.missing.PresenceTable`, or a bool array or tensor (N, M) with a
+            presence: a :class:`~passion_plugin.data.PresenceTable`, or a bool array or tensor (N, M) with a
                 column for each name, True = present.
             missing_rates: rate in [0, 1) by name, or M rates in the order of ``modalities``.
 
         Raises:
-            ConfigError: both or neither given, or listing everything that is wrong with the one given.
+            ConfigError: bad names, both or neither given, or listing everything that is wrong with the one given.
         """
+        raise_problems(modality_problems(modalities), what="ModalityFrequencies")
         if (presence is None) == (missing_rates is None):
             raise ConfigError(
                 "say how rare the modalities are with either presence= (a table or a bool array (N, M) of the "
                 "training set) or missing_rates= ({'t1': 0.2, …}); "
                 f"{'neither' if presence is None else 'both'} was given"
             )
-        return cls._of_rates(modalities, missing_rates) if presence is None else cls._of_table(modalities, presence)
+        if presence is not None:
+            return cls._of_table(modalities, presence)
+        rates, problems = values_by_modality(missing_rates, modalities)
+        problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not _is_rate(rate)]
+        raise_problems(problems, what="missing_rates")
+        return cls(tuple(1 / (1 - float(rate)) for rate in rates), None, None)
 
     @classmethod
     def _of_table(cls, modalities: Sequence[str], presence: Any) -> ModalityFrequencies:
@@ -79,27 +85,25 @@ class ModalityFrequencies:
         raise_problems(problems, what="presence")
         return cls(tuple(float(len(array) / n) for n in counts), tuple(int(n) for n in counts), len(array))
 
-    @classmethod
-    def _of_rates(cls, modalities: Sequence[str], missing_rates: Any) -> ModalityFrequencies:
-        problems = []
-        if isinstance(missing_rates, Mapping):
-            problems += [
-                f"unknown modality {name!r}.{suggest(str(name), modalities)}"
-                for name in missing_rates
-                if name not in modalities
-            ]
-            problems += [f"no rate for {name!r}" for name in modalities if name not in missing_rates]
-            rates = [missing_rates.get(name, 0.0) for name in modalities]
-        elif (listed := as_tuple(missing_rates)) is None:
-            wanted = f"a rate for each of {tuple(modalities)}, by name or in order"
-            raise ConfigError(f"missing_rates must be {wanted}, got {missing_rates!r}")
-        else:
-            rates = list(listed)
-            if len(rates) != len(modalities):
-                problems.append(f"{len(rates)} rates for {len(modalities)} modalities")
-        problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not _is_rate(rate)]
-        raise_problems(problems, what="missing_rates")
-        return cls(tuple(1 / (1 - float(rate)) for rate in rates), None, None)
+
+def values_by_modality(values: Any, modalities: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Return one value for each modality, of a mapping by name or of a sequence in their order, and what is wrong.
+
+    Example:
+        >>> values_by_modality({"t2": 0.5, "t1": 0.2}, ("t1", "t2"))
+        ([0.2, 0.5], [])
+    """
+    wanted = f"one for each of {tuple(modalities)}, by name or in order"
+    if isinstance(values, Mapping):
+        unknown = [name for name in values if name not in modalities]
+        missing = [name for name in modalities if name not in values]
+        problems = [f"unknown modality {name!r}.{suggest(str(name), modalities)}" for name in unknown]
+        problems += [f"none for modality {name!r}" for name in missing]
+        return [values[name] for name in modalities if name in values], problems
+    listed = as_tuple(values.tolist() if isinstance(values, Tensor) else values)
+    if listed is None:
+        return [], [f"got {values!r}, need {wanted}"]
+    return list(listed), [] if len(listed) == len(modalities) else [f"got {len(listed)}, need {wanted}"]
 
 
 def _is_rate(value: Any) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from passion_plugin._types import Mode
-from passion_plugin._validate import as_tuple, describe, is_int, is_number, is_one_of
-from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest, warn_user
+from passion_plugin._validate import as_tuple, describe, is_int, is_number, is_one_of, modality_problems
+from passion_plugin.errors import ConfigError, InputError, raise_problems, warn_user
 from passion_plugin.training._distributed import all_reduce_sum
+from passion_plugin.training._frequencies import values_by_modality
 from passion_plugin.training._state import state_problems
 
 __all__ = ["EpochReport", "PreferenceEstimator", "presence_counts_of", "project_beta", "usable_distances"]
@@ -168,31 +169,13 @@ def usable_distances(distance: Tensor, presence: Tensor, modalities: tuple[str, 
     return torch.where(usable, distance, 0), presence, usable
 
 
-def presence_counts_of(
-    counts: Mapping[str, float] | Iterable[float], modalities: tuple[str, ...], problems: list[str]
-) -> Tensor | None:
+def presence_counts_of(counts: Any, modalities: tuple[str, ...], problems: list[str]) -> Tensor | None:
     """Return numbers of training samples as (M,) float64; what is wrong is appended to ``problems``."""
-    if isinstance(counts, Mapping):
-        unknown = [name for name in counts if name not in modalities]
-        lacking = [name for name in modalities if name not in counts]
-        problems += [f"presence_counts: unknown {name!r}.{suggest(name, modalities)}" for name in unknown]
-        problems += [f"presence_counts: no number for modality {name!r}" for name in lacking]
-        if unknown or lacking:
-            return None
-        counts = [counts[name] for name in modalities]
-    numbers: Sequence[Any] = as_tuple(counts) or [counts]
-    try:
-        values = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        problems.append(f"presence_counts={counts!r}: need a number for each of {modalities}")
-        return None
-    if values.shape != (len(modalities),):
-        problems.append(f"presence_counts has {len(values)} numbers; need one for each of {modalities}")
-    elif not bool((torch.isfinite(values) & (values > 0)).all()):
-        problems.append(
-            f"presence_counts={values.tolist()}: need positive numbers; leave out a modality that nobody has"
-        )
-    return values
+    numbers, found = values_by_modality(counts, modalities)
+    if not found and not all(is_number(number, above=0) for number in numbers):
+        found = [f"got {numbers}, need positive numbers; leave out a modality that nobody has"]
+    problems += [f"presence_counts: {problem}" for problem in found]
+    return None if found else torch.tensor([float(number) for number in numbers], dtype=torch.float64)
 
 
 class PreferenceEstimator(nn.Module):
@@ -272,11 +255,9 @@ class PreferenceEstimator(nn.Module):
         beta_max: float = 4.0,
     ) -> None:
         super().__init__()
-        self.modalities = as_tuple(modalities) or (modalities,)
+        self.modalities = as_tuple(modalities) or ()
         size = len(self.modalities)
-        problems = []
-        if size < 2 or len(set(map(str, self.modalities))) < size:
-            problems.append(f"modalities={modalities!r}: pass at least two different names")
+        problems = modality_problems(self.modalities or modalities, least=2)
         if not is_one_of(mode, ("default", "official")):
             problems.append(f"mode={mode!r}: pass 'default' or 'official'")
         if not is_number(eta, least=0):

@@ -146,8 +146,8 @@ def test_wrong_arguments_are_refused(data: Any, options: dict, match: str) -> No
     [
         ({"img": torch.ones(3, 2)}, {}, r"item 0: no key 'image'.*'img'"),
         ({"image": torch.ones(3, 2), "mask": 0}, {}, "'mask' is taken"),
-        ({"image": torch.ones(2, 2)}, {}, r"\(2, 2\); need .* \(3, \*spatial\)"),
-        ({"image": [1, 2, 3]}, {}, "is list"),
+        ({"image": torch.ones(2, 2)}, {}, r"\(2, 2\); need .* \(3·C, \*spatial\)"),
+        ({"image": [1, 2, 3]}, {}, "is a list"),
         ((), {}, "empty"),
         ((torch.ones(3, 2, dtype=torch.int16), 0), {"fill": "nan"}, "floating-point"),
         ((torch.ones(3, 2), 0), {"id_key": "id"}, "id_key='id' needs items that are dicts"),
@@ -177,6 +177,17 @@ def test_blank_missing_works_on_batches_of_any_dimension(spatial: tuple[int, ...
     assert images.isinf().all()
 
 
+def test_a_modality_may_have_several_channels() -> None:
+    images = torch.ones(2, 6, 4)
+    presence = torch.tensor([[True, False, True], [False, True, False]])
+    assert torch.equal(blank_missing(images, presence)[:, :, 0].bool(), presence.repeat_interleave(2, dim=1))
+    item, mask = IncompleteDataset(list(images), TABLE.select(["p", "r"]))[0]
+    assert mask.tolist() == [True, False, True]
+    assert item[:, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    array, _ = IncompleteDataset([image.numpy() for image in images], TABLE.select(["p", "r"]), fill="nan")[0]
+    assert np.isnan(array[:, 0]).tolist() == [False, False, True, True, False, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
 def test_blank_missing_works_on_integers(dtype: torch.dtype) -> None:
     highest = torch.iinfo(dtype).max
@@ -199,6 +210,7 @@ def test_blank_missing_lets_no_gradient_into_absent_channels() -> None:
         (torch.ones(2, 3, 4), torch.ones(2, 3), "float32"),
         (torch.ones(2, 3, 4), torch.ones(3, 2, dtype=torch.bool), r"\(2, 3, 4\), presence \(3, 2\)"),
         (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), "spatial"),
+        (torch.ones(2, 4, 4), torch.ones(2, 3, dtype=torch.bool), "C channels for each modality"),
     ],
 )
 def test_blank_missing_refuses_what_does_not_fit(images: torch.Tensor, presence: torch.Tensor, match: str) -> None:

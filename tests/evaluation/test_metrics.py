@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passion_plugin.errors import ConfigError, InputError, PassionWarning
 from passion_plugin.evaluation import BRATS_REGIONS, dice_scores, hd95_scores, region_masks
-from passion_plugin.evaluation._targets import Targets
+from passion_plugin.evaluation._metrics import Scorer
 
 
 def masks(*rows: list[int]) -> torch.Tensor:
@@ -112,7 +112,7 @@ LABELS = torch.tensor([[[0, 1], [2, 3]]])  # (B, *spatial) = (1, 2, 2)
 )
 def test_every_accepted_form_of_labels_gives_the_same_masks(label: torch.Tensor) -> None:
     for regions, expected in ((None, ((1,), (2,), (3,))), (BRATS_REGIONS, BRATS_REGIONS.values())):
-        targets = Targets(regions=regions)
+        targets = Scorer(regions=regions)
         scores = scores_of(LABELS, 4)
         wanted = torch.stack([sum(k == LABELS for k in members) > 0 for members in expected], dim=1)
         assert torch.equal(targets.true(label, 4, scores.shape[2:]), wanted)
@@ -120,22 +120,22 @@ def test_every_accepted_form_of_labels_gives_the_same_masks(label: torch.Tensor)
 
 
 def test_classes_are_named_without_the_background() -> None:
-    assert Targets().names(3) == ("class 1", "class 2")
-    assert Targets(outputs="sigmoid").names(3) == ("class 0", "class 1", "class 2")
-    assert Targets(regions=BRATS_REGIONS).names(4) == ("WT", "TC", "ET")
+    assert Scorer().names(3) == ("class 1", "class 2")
+    assert Scorer(outputs="sigmoid").names(3) == ("class 0", "class 1", "class 2")
+    assert Scorer(regions=BRATS_REGIONS).names(4) == ("WT", "TC", "ET")
 
 
 def test_sigmoid_channels_are_thresholded_one_by_one() -> None:
     logits = torch.tensor([[[-1.0, 1.0], [3.0, 0.1]]])  # probabilities .27 .73 / .95 .52
-    assert Targets(outputs="sigmoid").predicted(logits).tolist() == [[[False, True], [True, True]]]
-    strict = Targets(outputs="sigmoid", threshold=0.9)
+    assert Scorer(outputs="sigmoid").predicted(logits).tolist() == [[[False, True], [True, True]]]
+    strict = Scorer(outputs="sigmoid", threshold=0.9)
     assert strict.predicted(logits).tolist() == [[[False, False], [True, False]]]
-    done = Targets(outputs="sigmoid", apply_sigmoid=False)
-    assert torch.equal(done.predicted(logits.sigmoid()), Targets(outputs="sigmoid").predicted(logits))
+    done = Scorer(outputs="sigmoid", apply_sigmoid=False)
+    assert torch.equal(done.predicted(logits.sigmoid()), Scorer(outputs="sigmoid").predicted(logits))
 
 
 def test_sigmoid_targets_take_region_masks_or_labels() -> None:
-    targets = Targets(regions=BRATS_REGIONS, outputs="sigmoid")
+    targets = Scorer(regions=BRATS_REGIONS, outputs="sigmoid")
     regions = region_masks(LABELS, BRATS_REGIONS)
     assert torch.equal(targets.true(LABELS, 3, LABELS.shape[1:]), regions)
     assert torch.equal(targets.true(regions.float(), 3, LABELS.shape[1:]), regions)
@@ -143,9 +143,9 @@ def test_sigmoid_targets_take_region_masks_or_labels() -> None:
 
 def test_probabilities_where_logits_are_expected_warn_and_the_reverse_raises() -> None:
     with pytest.warns(PassionWarning, match="apply_sigmoid=False"):
-        Targets(outputs="sigmoid").predicted(torch.tensor([[[0.1, 0.9]]]))
+        Scorer(outputs="sigmoid").predicted(torch.tensor([[[0.1, 0.9]]]))
     with pytest.raises(InputError, match="span -2 to 3"):
-        Targets(outputs="sigmoid", apply_sigmoid=False).predicted(torch.tensor([[[-2.0, 3.0]]]))
+        Scorer(outputs="sigmoid", apply_sigmoid=False).predicted(torch.tensor([[[-2.0, 3.0]]]))
 
 
 @pytest.mark.parametrize(
@@ -162,27 +162,27 @@ def test_probabilities_where_logits_are_expected_warn_and_the_reverse_raises() -
 )
 def test_labels_that_do_not_fit_raise(label: torch.Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Targets().true(label, 4, torch.Size((2, 2)))
+        Scorer().true(label, 4, torch.Size((2, 2)))
 
 
 def test_sigmoid_without_regions_needs_masks() -> None:
     with pytest.raises(InputError, match=r"must be \(B, 4, 2, 2\)"):
-        Targets(outputs="sigmoid").true(LABELS, 4, torch.Size((2, 2)))
+        Scorer(outputs="sigmoid").true(LABELS, 4, torch.Size((2, 2)))
 
 
 def test_scores_that_do_not_fit_raise() -> None:
     with pytest.raises(InputError, match="3 score channels, num_classes is 4"):
-        Targets(num_classes=4).predicted(torch.zeros(1, 3, 2, 2))
+        Scorer(num_classes=4).predicted(torch.zeros(1, 3, 2, 2))
     with pytest.raises(InputError, match="region 'WT' uses label 3, but there are 3 classes"):
-        Targets(regions=BRATS_REGIONS).predicted(torch.zeros(1, 3, 2, 2))
+        Scorer(regions=BRATS_REGIONS).predicted(torch.zeros(1, 3, 2, 2))
     with pytest.raises(InputError, match="4 sigmoid channels for 3 regions"):
-        Targets(regions=BRATS_REGIONS, outputs="sigmoid").predicted(torch.zeros(1, 4, 2, 2))
+        Scorer(regions=BRATS_REGIONS, outputs="sigmoid").predicted(torch.zeros(1, 4, 2, 2))
     with pytest.raises(InputError, match="one softmax channel"):
-        Targets().predicted(torch.zeros(1, 1, 2, 2))
+        Scorer().predicted(torch.zeros(1, 1, 2, 2))
 
 
 def test_wrong_arguments_are_reported_together() -> None:
     with pytest.raises(ConfigError, match="4 problems") as caught:
-        Targets(regions={"WT": (1, 2), "TC": (), "ET": 3}, outputs="relu", threshold=1.5)  # type: ignore[dict-item,arg-type]
+        Scorer(regions={"WT": (1, 2), "TC": (), "ET": 3}, outputs="relu", threshold=1.5)  # type: ignore[dict-item,arg-type]
     for word in ("'relu'", "1.5", "'TC'", "'ET'"):
         assert word in str(caught.value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import itertools
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
+from passion_plugin.backbone import prediction_of, split
 from passion_plugin.data import IncompleteDataset, PresenceTable
-from passion_plugin.errors import ConfigError, InputError
-from passion_plugin.evaluation import BRATS_REGIONS, evaluate_subsets, sliding_window_predict
+from passion_plugin.errors import ConfigError, InputError, PassionWarning
+from passion_plugin.evaluation import BRATS_REGIONS, SubsetResults, evaluate_subsets, sliding_window_predict
 
 NAMES = ("flair", "t1ce", "t1")
 X, Y = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4)
@@ -223,10 +226,12 @@ def test_all_that_a_modality_brings_is_blanked_and_half_named_inputs_are_refused
         run(vote, [item(wrong, label)])
 
 
-def test_ids_that_no_table_could_give_back_are_refused_at_once() -> None:
-    x, label = data()
-    with pytest.raises(InputError, match="cannot be printed"):
-        run(vote, [item(x, label, id=["Anna\u00a0M"] * len(x))])
+def test_ids_are_kept_to_the_letter(tmp_path: Path) -> None:
+    x, label = data(2)
+    results = run(vote, [item(x, label, id=["Anna\u00a0M", 'B, "b"'])])
+    assert results.samples == ("Anna\u00a0M", 'B, "b"')
+    results.to_csv(tmp_path / "results.csv")
+    assert SubsetResults.from_csv(tmp_path / "results.csv") == results
 
 
 def test_spacing_may_come_as_the_default_collate_function_makes_it() -> None:
@@ -257,6 +262,84 @@ def test_scores_are_found_in_common_outputs(wrap: Any) -> None:
 def test_outputs_without_clear_scores_raise(output: Any) -> None:
     with pytest.raises(InputError, match="Pass predict="):
         run(lambda x, mask: output)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda scores, other: {"prediction": other, "pred": scores},
+        lambda scores, other: {"prediction": other, "seg": scores},
+        lambda scores, other: {"features": other, "output": scores},
+        lambda scores, other: {"features": other, "logits": (scores, other)},
+        lambda scores, other: ({"labels": scores.argmax(1)}, {"style": other.mean((2, 3)), "seg": scores}),
+        lambda scores, other: (scores.argmax(1), scores),
+    ],
+    ids=["pred before prediction", "seg before prediction", "output", "nested", "second part", "after labels"],
+)
+def test_evaluation_scores_what_training_distils(wrap: Any) -> None:
+    loader = [data()]
+
+    def model(x: torch.Tensor, mask: torch.Tensor) -> Any:
+        scores = vote(x, mask)
+        output = wrap(scores, -scores)
+        assert prediction_of(output) is scores
+        return output
+
+    assert run(model, loader).rows == run(vote, loader).rows
+
+
+def test_labels_instead_of_scores_raise() -> None:
+    with pytest.raises(InputError, match=r"labels, not logits or probabilities.*Pass predict="):
+        run(lambda x, mask: vote(x, mask).argmax(1))
+
+
+def test_a_warning_blames_the_line_of_the_user_and_comes_once() -> None:
+    x, label = data()
+    loader = [(x, nn.functional.one_hot(label, 2).movedim(-1, 1))]
+
+    def model(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return vote(x, mask).sigmoid()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        line = sys._getframe().f_lineno + 1
+        evaluate_subsets(model, loader, modalities=NAMES, outputs="sigmoid")
+    ours = [warning for warning in caught if issubclass(warning.category, PassionWarning)]
+    assert [(warning.filename, warning.lineno) for warning in ours] == [(__file__, line)]
+
+
+@pytest.mark.parametrize("container", ["tensor", "list", "tuple", "mapping"])
+def test_a_modality_may_have_several_channels(container: str) -> None:
+    x, label = torch.randn(4, 3, 2, 5, 5), torch.randint(2, (4, 5, 5))
+    parts = list(x.unbind(1))
+    inputs = {
+        "tensor": x.flatten(1, 2),
+        "list": parts,
+        "tuple": tuple(parts),
+        "mapping": dict(zip(NAMES, parts, strict=True)),
+    }[container]
+    seen = []
+
+    def model(given: Any, mask: torch.Tensor) -> torch.Tensor:
+        assert type(given) is type(inputs)
+        by_name = split(given, NAMES)
+        for m, part in enumerate(by_name):
+            assert part.shape[1] == 2
+            assert torch.equal(part, parts[m] if mask[0, m] else torch.zeros_like(parts[m]))
+        seen.append(mask)
+        return vote(torch.stack([part.sum(1) for part in by_name], dim=1), mask)
+
+    expected = run(vote, [(x.sum(2), label)])
+    assert run(model, [{"image": inputs, "label": label}]).rows == expected.rows
+    assert len(seen) == 7
+
+
+def test_names_with_a_plus_are_evaluated() -> None:
+    x, label = data()
+    results = evaluate_subsets(vote, [(x, label)], modalities=("T1", "T1+C", "T2"), subsets=["T1+C+T2", "T1+T2"])
+    assert results.subsets == ("T1+C+T2", "T1+T2")
+    plain = run(vote, [(x, label)], subsets=["t1ce+t1", "flair+t1"])
+    assert [row.value for row in results.rows] == [row.value for row in plain.rows]
 
 
 def test_regions_and_both_metrics_end_up_in_the_rows() -> None:
@@ -342,7 +425,7 @@ def test_unknown_modalities_are_reported_together_with_suggestions() -> None:
     assert "'t1c'. Did you mean 't1ce'" in str(caught.value)
     assert "'flare'" in str(caught.value)
     assert "subset (): it is empty" in str(caught.value)
-    with pytest.raises(ConfigError, match="is one string"):
+    with pytest.raises(ConfigError, match="at least one name"):
         evaluate_subsets(vote, [data()], modalities="flair")
 
 
@@ -391,6 +474,8 @@ def test_wrong_options_raise_before_the_model_runs(options: dict[str, Any], mess
 @pytest.mark.parametrize("shape", [(3, 2, 4, 4), (4,), (4, 2)])
 def test_scores_of_another_shape_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="the scores are"):
+        run(lambda x, mask: torch.zeros(shape), predict=lambda model, x, mask: model(x, mask))
+    with pytest.raises(InputError, match=r"the scores are|without a tensor"):
         run(lambda x, mask: torch.zeros(shape))
 
 
@@ -401,7 +486,6 @@ def test_scores_of_another_shape_raise(shape: tuple[int, ...]) -> None:
         (lambda: run(hd95=True), "scipy", "monai"),
         (lambda: sliding_window_predict(4), "monai", "monai"),
         (lambda: run(progress=True), "tqdm", "examples"),
-        (lambda: run().plot(), "matplotlib", "plot"),
     ],
 )
 def test_a_missing_extra_is_named_with_its_pip_line(

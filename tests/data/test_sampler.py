@@ -76,8 +76,8 @@ def test_what_is_drawn_costs_a_loader_with_workers_no_file_each() -> None:
     ("visible", "message"),
     [
         (torch.tensor([True, False, True]), "nothing that it lacks"),
-        (torch.tensor([False, False, False]), "must show something"),
-        (torch.tensor([1, 0, 0]), "pass torch.bool"),
+        (torch.tensor([False, False, False]), "shows something"),
+        (torch.tensor([1, 0, 0]), "pass bool of shape"),
         (torch.tensor([True]), r"shape \(3,\)"),
     ],
 )

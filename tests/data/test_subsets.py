@@ -9,8 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passion_plugin.data import all_subsets, drop_modalities, parse_subset, subset_mask, subset_name
+from models import MeanNet
+from passion_plugin._validate import modality_problems
+from passion_plugin.data import PresenceTable, all_subsets, drop_modalities, parse_subset, subset_mask, subset_name
 from passion_plugin.errors import ConfigError, InputError
+from passion_plugin.evaluation import evaluate_subsets
+from passion_plugin.training import ModalityFrequencies, PreferenceEstimator
+from passion_plugin.wrapper import PassionWrapper
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 
@@ -63,10 +68,88 @@ def test_wrong_subsets_are_refused(subset: str | tuple[str, ...], match: str) ->
         subset_mask(subset, NAMES)
 
 
-@pytest.mark.parametrize("names", [(), ("a", "a"), ("a+b", "c"), ("a", " b"), ("a", 3), "flair", ("#a", "b")])
+@pytest.mark.parametrize(
+    "names", [(), ("a", "a"), ("a", " b"), ("a", 3), "flair", ("a", ""), ("a", "b\n"), ("a,b", "c")]
+)
 def test_bad_names_of_modalities_are_refused(names: tuple) -> None:
     with pytest.raises(ConfigError, match=r"all_subsets: .*modalit"):
         all_subsets(names)
+
+
+# --- names that hold a "+"
+
+
+def test_a_name_may_hold_a_plus() -> None:
+    names = ("T1", "T1+C", "T2", "C+D")
+    assert parse_subset("T1+C+T2", names) == ("T1+C", "T2")
+    assert parse_subset("T2 + T1", names) == ("T1", "T2")
+    assert parse_subset("T1+C+D", names) == ("T1", "C+D"), "the longest name first would leave D"
+    assert parse_subset("T1+T1+C", names) == ("T1", "T1+C")
+    assert subset_mask("T1+C", names).tolist() == [False, True, False, False]
+    with pytest.raises(ConfigError, match="unknown modality 'T3'"):
+        parse_subset("T1+T3", names)
+
+
+@pytest.mark.parametrize(
+    "names", [("T1", "C", "T1+C"), ("A+B", "C", "A", "B+C"), ("A", "A+B", "B+C", "C+D", "D"), ("T1+C", "T1 + C")]
+)
+def test_names_that_can_be_joined_in_several_ways_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="joined by '\\+' to one name in several ways"):
+        parse_subset(names[0], names)
+
+
+DOORS = {
+    "table": lambda names: PresenceTable.from_array([[1] * len(names)], names),
+    "frequencies": lambda names: ModalityFrequencies.of(names, missing_rates=[0.5] * len(names)),
+    "preference": lambda names: PreferenceEstimator(names),
+    "wrapper": lambda names: PassionWrapper(MeanNet(NAMES), names, missing_rates=[0.5] * len(names)),
+    "evaluation": lambda names: evaluate_subsets(
+        lambda x, mask: x[:, :2], [(torch.ones(1, len(names), 2), torch.ones(1, 2))], modalities=names
+    ),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("T1", "T1+C", "T2 (FS)", "TE=80", "#4"), None),
+        (("T1", "T1\n"), "a name must be printable"),
+        (("T1", " T2"), "without spaces at its ends"),
+        (("T1", "T2,3"), "without ','"),
+        (("T1", ""), "not empty"),
+        (("T1", "T1"), "named more than once"),
+        (("T1", "C", "T1+C"), "to one name in several ways"),
+    ],
+)
+def test_every_door_takes_the_same_names(door: str, names: tuple[str, ...], message: str | None) -> None:
+    if message is None:
+        DOORS[door](names)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            DOORS[door](names)
+
+
+PLUS_NAMES = st.lists(st.text("AB+ ", min_size=1, max_size=5), min_size=1, max_size=5, unique=True)
+
+
+@given(names=PLUS_NAMES, data=st.data())
+def test_what_is_accepted_makes_the_round_trip_and_what_is_refused_is_ambiguous(
+    names: list[str], data: st.DataObject
+) -> None:
+    if any(name != name.strip() for name in names):
+        return
+    if not modality_problems(names):
+        members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+        assert parse_subset(subset_name(members), names) == tuple(name for name in names if name in members)
+        return
+    joined: dict[str, tuple[str, ...]] = {}
+    for length in range(1, 7):
+        for sequence in itertools.product(names, repeat=length):
+            text = "+".join(piece.strip() for name in sequence for piece in name.split("+"))
+            if joined.setdefault(text, sequence) != sequence:
+                return
+    raise AssertionError(f"{names} are refused without need")
 
 
 def test_more_subsets_than_anybody_can_read_are_refused() -> None:
@@ -144,6 +227,17 @@ def test_drop_without_generator_follows_the_global_seed() -> None:
 def test_drop_refuses_what_is_no_presence(presence: torch.Tensor, match: str) -> None:
     with pytest.raises(InputError, match=match):
         drop_modalities(presence)
+
+
+@pytest.mark.parametrize("size", [62, 63, 64, 100])
+def test_drop_works_for_any_number_of_modalities(size: int) -> None:
+    presence = torch.ones(4000, size, dtype=torch.bool)
+    presence[2000:, 2:] = False
+    kept = drop_modalities(presence, generator=generator())
+    assert not (kept & ~presence).any()
+    assert kept.any(1).all()
+    assert (kept[:2000].double().mean(0) - 1 / 2).abs().max() < 0.05
+    assert (kept[2000:, :2].double().mean(0) - 2 / 3).abs().max() < 0.05
 
 
 def test_drop_refuses_unknown_rule() -> None:

@@ -75,10 +75,10 @@ def test_groups_by_modality_and_by_size() -> None:
     results = small()
     assert results.groups("modality") == {"flair": ("flair", "flair+t1"), "t1": ("t1", "flair+t1")}
     assert results.groups("size") == {"1": ("flair", "t1"), "2": ("flair+t1",)}
-    table = results.table("modality")
-    assert table["flair"]["WT"].mean == pytest.approx((0.6 + 0.9) / 2)
-    assert table["t1"]["ET"].mean == pytest.approx((0.4 + 0.8) / 2)
-    assert results.table("size")["1"]["WT"].mean == pytest.approx((0.6 + 0.2) / 2)
+    groups = results.groups("modality")
+    assert results.mean(subsets=groups["flair"], targets="WT") == pytest.approx((0.6 + 0.9) / 2)
+    assert results.mean(subsets=groups["t1"], targets="ET") == pytest.approx((0.4 + 0.8) / 2)
+    assert results.mean(subsets=results.groups("size")["1"], targets="WT") == pytest.approx((0.6 + 0.2) / 2)
 
 
 def test_t1_is_not_in_a_subset_that_only_has_t1ce() -> None:
@@ -231,21 +231,21 @@ def test_rows_that_cannot_be_right_raise() -> None:
         SubsetResults(("t1",), (row,), {})
 
 
-def test_plot_writes_a_picture_without_touching_pyplot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    figure = small().plot(tmp_path / "dice.png")
-    assert (tmp_path / "dice.png").read_bytes().startswith(b"\x89PNG")
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["flair", "t1", "flair+t1"]
-    assert [text.get_text() for text in axes.texts] == ["60.0", "0.0", "20.0", "40.0", "90.0", "80.0"]
-    assert axes.get_title() == "Dice (%)"
+def test_rows_are_a_data_frame_for_whoever_has_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(small().rows)
+    assert list(frame.columns) == ["subset", "sample", "target", "metric", "value", "status"]
+    assert frame.query("subset == 'flair' and target == 'WT'").value.mean() == pytest.approx(0.6)
 
 
-def test_plot_of_a_difference_is_centred_at_zero_and_leaves_gaps_blank() -> None:
-    pytest.importorskip("matplotlib")
-    difference = shifted(0.1).compare(small())
-    axes = difference.plot().axes[0]
-    assert axes.images[0].get_clim() == pytest.approx((-10.0, 10.0))
-    assert "+10.0" in [text.get_text() for text in axes.texts]
-    rows = (*small().rows[:1], Row("t1", "a", "WT", "dice", None, "both empty"))
-    assert len(SubsetResults(("flair", "t1"), rows, {"dice": DICE}).plot().axes[0].texts) == 1
+def test_a_name_with_a_plus_is_one_modality_in_groups_and_files(tmp_path: Path) -> None:
+    subsets = ("T1", "T1+C", "T2", "T1+T1+C", "T1+T2", "T1+C+T2", "T1+T1+C+T2")
+    rows = tuple(Row(subset, "a", "WT", "dice", 0.1 * n, "ok") for n, subset in enumerate(subsets))
+    results = SubsetResults(("T1", "T1+C", "T2"), rows, {"dice": DICE})
+    assert results.groups("size") == {"1": subsets[:3], "2": subsets[3:6], "3": subsets[6:]}
+    assert results.groups("modality")["T1+C"] == ("T1+C", "T1+T1+C", "T1+C+T2", "T1+T1+C+T2")
+    results.to_csv(tmp_path / "results.csv")
+    lines = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("subset,has_T1,has_T1+C,has_T2,")
+    assert lines[6].startswith("T1+C+T2,0,1,1,")
+    assert SubsetResults.from_csv(tmp_path / "results.csv") == results
