@@ -25,6 +25,8 @@ __all__ = [
     "PassionError",
     "PassionWarning",
     "UsageError",
+    "listed",
+    "quoted",
     "raise_problems",
     "require",
     "short",
@@ -108,6 +110,23 @@ def short(error: Exception) -> str:
     """Return class and message of an exception on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Return names in one line: the first ``most`` of them, and how many more there are.
+
+    Example:
+        >>> listed(["t1", "t2", "flair"], most=2)
+        't1, t2 and 1 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def quoted(names: Iterable[str], most: int = 4) -> str:
+    """Return names in quotation marks in one line, as :func:`listed` does."""
+    return listed(map(repr, names), most)
 
 
 def shortlist(values: Iterable[object]) -> str:

@@ -1,4 +1,4 @@
-"""Encoders, classifier, mask and rung are found by experiment, on networks that are each awkward in one way."""
+"""Encoders, classifier, mask and student mode are found by experiment, on networks that are each awkward in one way."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from passion_plugin.backbone import BackboneSpec, MaskCodec
 from passion_plugin.backbone._calls import BackboneCall
-from passion_plugin.detection import BackboneReport
+from passion_plugin.detection import BackboneReport, detect_spec, inspect_backbone, inspect_call
 from passion_plugin.detection._classifier import follows
-from passion_plugin.detection._inspect import examine, examine_call
 from passion_plugin.errors import BackboneError, PassionWarning
 from passion_plugin.wrapper import PassionWrapper
 
@@ -72,11 +71,11 @@ def full(count: int = 3, batch: int = 2) -> Tensor:
 
 
 def found(backbone: nn.Module, **known: Any) -> BackboneReport:
-    return examine(backbone, images(), full(), modalities=NAMES, **known)
+    return inspect_backbone(backbone, images(), full(), modalities=NAMES, **known)
 
 
 def spec_of(report: BackboneReport) -> BackboneSpec:
-    assert report.problems == ()
+    assert report.problems == []
     assert report.spec is not None
     return report.spec
 
@@ -428,7 +427,7 @@ def test_a_dictionary_is_refused_before_anything_is_said_about_one_of_its_entrie
     report = found(Disentangled())
     assert "dictionary in which 'image', 'seg_logit', 'seg_pred' may each be the prediction" in only_problem(report)
     assert report.mask is None
-    assert report.warnings == ()
+    assert report.warnings == []
 
 
 def test_with_a_classifier_by_hand_all_answers_are_about_its_output() -> None:
@@ -441,10 +440,10 @@ def test_with_a_classifier_by_hand_all_answers_are_about_its_output() -> None:
     assert min(report.mask.own) > 1e-3
     assert max(report.mask.leak) == 0
     assert report.batch is not None
-    assert report.batch.repeatable > 1e-2
+    assert report.batch.noise > 1e-2
     assert [text for text in report.warnings if "two runs in evaluation mode differ" in text]
     assert {f"{name}_encoder" for name in NAMES} <= {one for names in spec.encoders.values() for one in names}
-    again = examine_call(
+    again = inspect_call(
         Disentangled(), BackboneCall((images(), full()), {}), NAMES, spec=spec.replaced(students="auto")
     )
     assert again.mask is not None
@@ -499,7 +498,7 @@ class SwitchedHeads(Net):
 
 @pytest.mark.parametrize("harmless", [True, False])
 def test_training_switch_becomes_the_light_mode_only_where_it_changes_no_prediction(harmless: bool) -> None:
-    assert spec_of(found(SwitchedHeads(harmless))).light == ({"is_training": False} if harmless else {})
+    assert spec_of(found(SwitchedHeads(harmless))).student_mode == ({"is_training": False} if harmless else {})
 
 
 class SwitchInsideCheckpoint(SwitchedHeads):
@@ -534,7 +533,7 @@ class Masked(Net):
 
 
 def test_mask_in_which_one_says_missing_is_recognised() -> None:
-    report = examine(Masked(lambda drop, x: ~drop), images(), ~full(), modalities=NAMES)
+    report = inspect_backbone(Masked(lambda drop, x: ~drop), images(), ~full(), modalities=NAMES)
     assert spec_of(report).mask_meaning == "missing"
 
 
@@ -543,7 +542,7 @@ class TwoMasked(Masked):
 
 
 def test_missing_convention_is_not_mistaken_for_a_permutation_with_two_modalities() -> None:
-    report = examine(TwoMasked(lambda drop, x: ~drop), images(2), ~full(2), modalities=("pd", "t2"))
+    report = inspect_backbone(TwoMasked(lambda drop, x: ~drop), images(2), ~full(2), modalities=("pd", "t2"))
     assert spec_of(report).mask_meaning == "missing"
 
 
@@ -568,26 +567,25 @@ def test_second_argument_that_is_no_mask_is_refused_with_what_to_pass() -> None:
             return super().forward(torch.cat([first, second], dim=1), full())
 
     first, second = images()[:, :1], images()[:, 1:]
-    problem = only_problem(examine(TwoTensors(), first, second, modalities=("flair", "others")))
+    problem = only_problem(inspect_backbone(TwoTensors(), first, second, modalities=("flair", "others")))
     assert "mask_argument= (None when there is none)" in problem
     assert "input_argument=(0, 1)" in problem
-    problem = only_problem(examine(Net(), images(), 7, modalities=NAMES))
+    problem = only_problem(inspect_backbone(Net(), images(), 7, modalities=NAMES))
     assert "mask_format=MaskCodec" in problem
     assert "input_argument" not in problem
 
 
 def test_float_mask_and_list_of_indices_are_recognised_from_the_example() -> None:
-    report = examine(Net(), images(), full().float(), modalities=NAMES)
+    report = inspect_backbone(Net(), images(), full().float(), modalities=NAMES)
     assert spec_of(report).mask_format == "float"
 
     def rows(indices: list[int], x: Tensor) -> Tensor:
         return torch.tensor([m in indices for m in range(3)]).expand(len(x), -1)
 
-    report = examine(Masked(rows), images(), [0, 1, 2], modalities=NAMES)
+    report = inspect_backbone(Masked(rows), images(), [0, 1, 2], modalities=NAMES)
     spec = spec_of(report)
     assert spec.mask_format == "indices"
     assert not spec.per_sample_masks
-    assert not spec.stackable
 
 
 def test_integer_mask_that_indexes_is_a_problem_that_asks_for_bool() -> None:
@@ -600,24 +598,24 @@ def test_integer_mask_that_indexes_is_a_problem_that_asks_for_bool() -> None:
                 y = x
             return list(y.unbind(1))
 
-    report = examine(Indexing(), images(), full().long(), modalities=NAMES)
+    report = inspect_backbone(Indexing(), images(), full().long(), modalities=NAMES)
     assert any("mask.bool()" in problem for problem in report.problems)
-    assert spec_of(examine(Indexing(), images(), full(), modalities=NAMES)).mask_format == "bool"
+    assert spec_of(inspect_backbone(Indexing(), images(), full(), modalities=NAMES)).mask_format == "bool"
 
 
 def test_integer_mask_that_is_a_factor_is_fine() -> None:
-    report = examine(Net(), images(), full().long(), modalities=NAMES)
+    report = inspect_backbone(Net(), images(), full().long(), modalities=NAMES)
     assert spec_of(report).mask_format == "int"
 
 
 @pytest.mark.parametrize("mask", [[True, True, False], "0,1", torch.ones(2, 5, dtype=torch.bool), 7])
 def test_mask_of_another_kind_is_a_problem_that_names_the_codec(mask: Any) -> None:
-    assert "MaskCodec" in only_problem(examine(Net(), images(), mask, modalities=NAMES))
+    assert "MaskCodec" in only_problem(inspect_backbone(Net(), images(), mask, modalities=NAMES))
 
 
 def test_given_codec_is_used() -> None:
     codec = MaskCodec(lambda mask: mask.double(), lambda raw: raw.bool())
-    assert spec_of(examine(Net(), images(), full().double(), modalities=NAMES, mask_format=codec))
+    assert spec_of(inspect_backbone(Net(), images(), full().double(), modalities=NAMES, mask_format=codec))
 
 
 def test_call_given_by_hand_runs_the_backbone() -> None:
@@ -636,10 +634,10 @@ def test_mask_of_a_real_call_is_found_by_its_shape_and_type() -> None:
             return super().forward(x, available)
 
     call = BackboneCall((images(), torch.ones(3)), {"available": full()})
-    assert spec_of(examine_call(Keyword(), call, NAMES)).mask_argument == "available"
+    assert spec_of(inspect_call(Keyword(), call, NAMES)).mask_argument == "available"
 
 
-# Rungs
+# Student modes
 
 
 class Leaky(Net):
@@ -673,7 +671,7 @@ class Unmasked(Net):
 
 @pytest.mark.parametrize("mask", [full(), None], ids=["ignored mask", "no mask"])
 def test_network_that_only_knows_blank_inputs_gets_mixed_replay(mask: Tensor | None) -> None:
-    report = examine(Unmasked(), images(), mask, modalities=NAMES)
+    report = inspect_backbone(Unmasked(), images(), mask, modalities=NAMES)
     assert spec_of(report).students == "mixed"
     assert any("no effect" in warning for warning in report.warnings) == (mask is not None)
 
@@ -715,7 +713,7 @@ class WritesInput(OneEncoder):
 def test_network_that_writes_into_its_input_is_examined_on_fresh_images() -> None:
     x = images()
     before = x.clone()
-    report = examine(WritesInput(), x, full(), modalities=NAMES)
+    report = inspect_backbone(WritesInput(), x, full(), modalities=NAMES)
     assert spec_of(report).students == "rerun"
     assert torch.equal(x, before)
 
@@ -790,7 +788,7 @@ class HalfCheckpointed(LongPath):
         return [checkpoint(stage, name, part, use_reentrant=False) for name, part in parts]
 
 
-def test_rung_with_wrong_gradients_is_passed_over() -> None:
+def test_student_mode_with_wrong_gradients_is_passed_over() -> None:
     report = found(HalfCheckpointed(), encoders={name: f"{name}_encoder" for name in NAMES})
     assert report.replay_errors["replay"] < 1e-5
     assert "replay" in report.replay_failures
@@ -862,23 +860,22 @@ def test_network_that_reads_the_first_row_of_the_mask_cannot_mix_masks() -> None
     report = found(Masked(lambda mask, x: mask[:1].expand(len(x), -1)))
     spec = spec_of(report)
     assert not spec.per_sample_masks
-    assert not spec.stackable
     assert any("first row" in warning for warning in report.warnings)
 
 
-def test_stacking_is_allowed_where_it_is_exact_and_not_with_batch_normalisation() -> None:
-    assert spec_of(found(Net())).stackable
+def test_encoders_can_be_skipped_where_that_is_exact_and_not_with_batch_normalisation() -> None:
+    assert spec_of(found(Net())).can_skip_encoders
 
     class Normalised(Net):
         def make_encoder(self) -> nn.Module:
             return nn.Sequential(conv(1, 4), nn.BatchNorm2d(4))
 
-    assert not spec_of(found(Normalised())).stackable
+    assert not spec_of(found(Normalised())).can_skip_encoders
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_example_of_any_batch_size_will_do(batch: int) -> None:
-    spec = spec_of(examine(Net(), images(batch=batch), full(batch=batch), modalities=NAMES))
+    spec = spec_of(inspect_backbone(Net(), images(batch=batch), full(batch=batch), modalities=NAMES))
     assert spec.per_sample_masks
 
 
@@ -889,7 +886,7 @@ def test_network_that_takes_single_samples_only_is_examined_with_those() -> None
                 raise ValueError("one at a time")
             return super().forward(x, mask)
 
-    report = examine(Single(), images(batch=1), full(batch=1), modalities=NAMES)
+    report = inspect_backbone(Single(), images(batch=1), full(batch=1), modalities=NAMES)
     spec = spec_of(report)
     assert spec.students == "replay"
     assert not spec.per_sample_masks
@@ -913,7 +910,7 @@ def test_noise_in_evaluation_mode_is_reported_and_replay_still_compared() -> Non
 
     report = found(Noisy())
     assert report.batch is not None
-    assert report.batch.repeatable > 1e-2
+    assert report.batch.noise > 1e-2
     assert spec_of(report).students == "replay"
     assert report.replay_errors["replay"] < 1e-5
 
@@ -930,20 +927,20 @@ def real_call() -> BackboneCall:
     return BackboneCall((images(), torch.tensor([[True, True, False], [False, False, True]])), {})
 
 
-def test_given_spec_is_checked_and_its_rung_decided_without_searching() -> None:
-    report = examine_call(Net(), real_call(), NAMES, spec=given())
-    assert spec_of(report) == given(students="replay", stackable=True, can_skip_encoders=True)
+def test_given_spec_is_checked_and_its_student_mode_decided_without_searching() -> None:
+    report = inspect_call(Net(), real_call(), NAMES, spec=given())
+    assert spec_of(report) == given(students="replay", can_skip_encoders=True)
     assert not report.searched
 
 
-def test_given_rung_that_is_not_exact_is_a_problem() -> None:
-    report = examine_call(Leaky(), real_call(), NAMES, spec=given(students="replay"))
+def test_given_student_mode_that_is_not_exact_is_a_problem() -> None:
+    report = inspect_call(Leaky(), real_call(), NAMES, spec=given(students="replay"))
     assert "replay" in only_problem(report)
-    assert spec_of(examine_call(Leaky(), real_call(), NAMES, spec=given(students="rerun")))
+    assert spec_of(inspect_call(Leaky(), real_call(), NAMES, spec=given(students="rerun")))
 
 
 def test_absent_that_hides_nothing_is_warned_about() -> None:
-    report = examine_call(Leaky(), real_call(), NAMES, spec=given(fill_missing=lambda x, mask: x + 1e-3))
+    report = inspect_call(Leaky(), real_call(), NAMES, spec=given(fill_missing=lambda x, mask: x + 1e-3))
     assert any("fill_missing= does not hide" in warning for warning in report.warnings)
 
 
@@ -951,8 +948,8 @@ def test_own_idea_of_absent_is_used_and_rules_mixed_replay_out() -> None:
     def marked(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask[:, :, None, None], x, torch.tensor(-1.0))
 
-    assert spec_of(examine_call(Leaky(), real_call(), NAMES, spec=given(fill_missing=marked))).students == "rerun"
-    assert spec_of(examine_call(Net(), real_call(), NAMES, spec=given(fill_missing=marked))).students == "replay"
+    assert spec_of(inspect_call(Leaky(), real_call(), NAMES, spec=given(fill_missing=marked))).students == "rerun"
+    assert spec_of(inspect_call(Net(), real_call(), NAMES, spec=given(fill_missing=marked))).students == "replay"
 
 
 def test_detect_returns_the_spec_or_raises_with_every_problem() -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.detection import BackboneReport, inspect
-from passion_plugin.detection._inspect import examine
+from passion_plugin.backbone import BackboneCall, BackboneSpec
+from passion_plugin.config import PassionConfig
+from passion_plugin.detection import BackboneReport, inspect_backbone, prepare_backbone
 from passion_plugin.detection._sandbox import sandbox
 from passion_plugin.errors import BackboneError, ConfigError
 
@@ -90,7 +91,7 @@ def test_backbone_and_generators_are_left_as_they_were(training: bool, fail_at: 
     history, settings, x = list(backbone.history), copy.deepcopy(backbone.settings), images()
     drawn = random_numbers()
 
-    report = examine(backbone, x, full(), modalities=NAMES)
+    report = inspect_backbone(backbone, x, full(), modalities=NAMES)
 
     assert any("as told" in problem for problem in report.problems) == (fail_at > 0)
 
@@ -112,7 +113,7 @@ def test_user_hooks_and_replaced_forwards_survive() -> None:
     handle = backbone.head.register_forward_hook(lambda module, args, output: 2 * output)
     own = backbone.fusion.forward
     backbone.fusion.forward = own  # type: ignore[method-assign]
-    examine(backbone, images(), full(), modalities=NAMES)
+    inspect_backbone(backbone, images(), full(), modalities=NAMES)
     assert list(backbone.head._forward_hooks) == [handle.id]
     assert vars(backbone.fusion)["forward"] is own
 
@@ -168,9 +169,8 @@ def test_lazy_parameters_get_the_weights_that_the_users_seed_would_give() -> Non
     torch.manual_seed(5)
     expected(x, full())
     torch.manual_seed(5)
-    report = examine(backbone, x, full(), modalities=NAMES)
-    assert report.problems == ()
-    assert len(report.lazy) == 6
+    report = inspect_backbone(backbone, x, full(), modalities=NAMES)
+    assert report.problems == []
     assert "parameters that had no shape before: 6" in str(report)
     for name, weight in expected.state_dict().items():
         assert torch.equal(backbone.state_dict()[name], weight)
@@ -184,11 +184,11 @@ def test_lazy_modules_born_in_a_sandbox_stay_usable() -> None:
     assert backbone.pd_encoder.training
     assert not backbone.head.training
     assert backbone(images(), full()).shape == expected
-    assert examine(backbone, images(), full(), modalities=NAMES).problems == ()
+    assert inspect_backbone(backbone, images(), full(), modalities=NAMES).problems == []
 
 
 def test_report_reads_from_verdict_to_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    report = inspect(Lazy(), images(), full(), modalities=NAMES)
+    report = inspect_backbone(Lazy(), images(), full(), modalities=NAMES)
     text = capsys.readouterr().out
     assert text == f"{report}\n"
     labels = " ".join(line.split("  ")[0] for line in text.splitlines()[2:] if not line.startswith(" "))
@@ -204,14 +204,14 @@ def test_report_reads_from_verdict_to_layers(capsys: pytest.CaptureFixture[str])
         "of hidden content 0)",
         "finite for every modality",
         "replay: exact, relative difference from a true run",
-        "masks may differ within a batch; students may be stacked",
+        "masks may differ within a batch; encoders of missing modalities can be skipped",
     ):
         assert sentence in " ".join(text.split())
     assert max(len(line) for line in text.splitlines()) <= 110
 
 
 def test_report_lists_layers_and_parameters_that_students_meet() -> None:
-    report = examine(Net(), images(), full(), modalities=NAMES)
+    report = inspect_backbone(Net(), images(), full(), modalities=NAMES)
     text = " ".join(str(report).split())
     assert "normalisation: 1 BatchNorm2d, 1 InstanceNorm2d; dropout layers: 1" in text
     assert "frozen parameters: 1 (fusion.weight)" in text
@@ -225,14 +225,14 @@ def test_values_of_the_example_do_not_matter() -> None:
     holes = torch.full((2, 2, 8, 8), float("nan"))
     rows = torch.tensor([[True, False], [False, True]])
     for x in (images(), 1000 * images() - 500, empty, holes):
-        report = examine(Lazy(), x, rows, modalities=NAMES)
-        assert report.problems == ()
+        report = inspect_backbone(Lazy(), x, rows, modalities=NAMES)
+        assert report.problems == []
         assert report.spec is not None
         assert report.spec.students == "replay"
 
 
 def test_modalities_are_numbered_or_named_by_the_keys_of_a_mapping() -> None:
-    report = examine(Lazy(), images(), full())
+    report = inspect_backbone(Lazy(), images(), full())
     assert report.modalities == ("0", "1")
 
     class Named(Lazy):
@@ -240,7 +240,7 @@ def test_modalities_are_numbered_or_named_by_the_keys_of_a_mapping() -> None:
             return super().forward(torch.cat([x["pd"], x["t2"]], dim=1), mask)
 
     example = {"pd": images()[:, :1], "t2": images()[:, 1:]}
-    report = examine(Named(), example, full())
+    report = inspect_backbone(Named(), example, full())
     assert report.spec is not None
     assert report.spec.encoders == {"pd": ("pd_encoder",), "t2": ("t2_encoder",)}
 
@@ -251,10 +251,12 @@ def test_several_arguments_and_keywords_are_put_where_they_belong() -> None:
             return super().forward(torch.cat([pd, t2], dim=1), mask)
 
     example = (images()[:, :1], images()[:, 1:])
-    by_position = examine(Two(), example, full(), modalities=NAMES, input_argument=(1, 2), mask_argument=0)
-    assert by_position.problems == ()
-    by_name = examine(Two(), example, full(), modalities=NAMES, input_argument=("pd", "t2"), mask_argument="mask")
-    assert by_name.problems == ()
+    by_position = inspect_backbone(Two(), example, full(), modalities=NAMES, input_argument=(1, 2), mask_argument=0)
+    assert by_position.problems == []
+    by_name = inspect_backbone(
+        Two(), example, full(), modalities=NAMES, input_argument=("pd", "t2"), mask_argument="mask"
+    )
+    assert by_name.problems == []
 
 
 class Unusable(nn.Module):
@@ -278,7 +280,7 @@ class NotSegmenting(nn.Module):
         (NotSegmenting(), (images(), full()), "segmentation network"),
         (Lazy(), (torch.randn(2, 3, 8, 8), full()), "channels"),
         (Lazy(), (images(),), "could not be run"),
-        (Lazy(), ("images", full()), "type str"),
+        (Lazy(), ("images", full()), "got str"),
         (nn.DataParallel(Net()), (images(), full()), "DistributedDataParallel"),
     ],
     ids=["raises", "no segmentation", "wrong channels", "mask forgotten", "no tensor", "data parallel"],
@@ -286,7 +288,7 @@ class NotSegmenting(nn.Module):
 def test_backbone_that_cannot_be_wrapped_is_reported_and_does_not_raise(
     backbone: nn.Module, arguments: tuple[Any, ...], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = inspect(backbone, *arguments, modalities=NAMES)
+    report = inspect_backbone(backbone, *arguments, modalities=NAMES)
     assert report.spec is None
     assert any(reason in problem for problem in report.problems)
     assert "cannot be wrapped as it is" in capsys.readouterr().out
@@ -295,20 +297,77 @@ def test_backbone_that_cannot_be_wrapped_is_reported_and_does_not_raise(
 
 
 def test_error_numbers_all_problems() -> None:
-    report = BackboneReport("Net", problems=("first thing", "second thing"))
+    report = BackboneReport("Net", problems=["first thing", "second thing"])
     with pytest.raises(BackboneError, match=r"(?s)2 problems.*1\. first thing.*2\. second thing"):
         report.raise_problems()
     assert "1. first thing" in str(report)
 
 
 def test_report_without_problems_raises_nothing() -> None:
-    BackboneReport("Net", warnings=("careful",)).raise_problems()
+    BackboneReport("Net", warnings=["careful"]).raise_problems()
 
 
 def test_unknown_field_is_an_error_of_the_caller_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"no field 'mask_arg'.*mask_argument"):
-        inspect(Lazy(), images(), full(), modalities=NAMES, mask_arg=1)
+        inspect_backbone(Lazy(), images(), full(), modalities=NAMES, mask_arg=1)
 
 
 def test_single_modality_is_a_problem() -> None:
-    assert "two modalities" in examine(Lazy(), images()[:, :1], full()[:, :1]).problems[0]
+    assert "two modalities" in inspect_backbone(Lazy(), images()[:, :1], full()[:, :1]).problems[0]
+
+
+# What counts as an answer of the backbone
+
+
+@pytest.mark.parametrize(
+    ("module", "helper"),
+    [
+        ("_inspector", "skipping_difference"),
+        ("_inspector", "check_training"),
+        ("_checks", "different_masks"),
+        ("_student_modes", "fused_pass"),
+        ("_student_modes", "student_pass"),
+        ("_student_modes", "gradient_difference"),
+        ("_student_modes", "true_student"),
+        ("_gradients", "fused_pass"),
+        ("_gradients", "_trained"),
+        ("_probe", "encoded_like"),
+    ],
+)
+def test_a_bug_of_ours_is_no_answer_of_the_backbone(module: str, helper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(f"passion_plugin.detection.{module}.{helper}", broken)
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        inspect_backbone(Lazy(), images(), full(), modalities=NAMES)
+
+
+@pytest.mark.parametrize("helper", ["uneven_channels", "sandbox", "Probe"])
+def test_nor_where_a_spec_is_taken_at_its_word(helper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(f"passion_plugin.detection._prepare.{helper}", broken)
+    spec = BackboneSpec(classifier="head", students="rerun")
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        prepare_backbone(Net(), BackboneCall((torch.randn(2, 4, 8, 8), full()), {}), NAMES, spec, PassionConfig())
+
+
+def test_a_bug_in_what_captures_outputs_surfaces_from_within_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passion_plugin.detection._encoders._SAMPLES", "many")
+    with pytest.raises(TypeError, match="'str'"):
+        inspect_backbone(Lazy(), images(), full(), modalities=NAMES)
+
+
+def test_whatever_a_run_raises_is_an_answer() -> None:
+    class Picky(Lazy):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            if len(x) == 1:
+                raise KeyError("no single samples")
+            if not mask.all():
+                raise AttributeError("nothing may be missing")
+            return super().forward(x, mask)
+
+    problems = " ".join(inspect_backbone(Picky(), images(), full(), modalities=NAMES).problems)
+    assert "a batch of one raises KeyError: 'no single samples'" in problems

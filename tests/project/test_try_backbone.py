@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import pkgutil
 import re
 import sys
@@ -77,7 +79,7 @@ def example(tmp_path: Path) -> Any:
 
 
 def trial(name: str, expect: Any, reason: str = "", *, spec: Any = None, **changes: Any) -> Trial:
-    """A trial of an animal of the zoo."""
+    """A trial of a network of the zoo."""
     entry = ZOO[name]
     count = len(entry.modalities)
 
@@ -133,7 +135,7 @@ def test_a_backbone_that_is_as_expected_ends_with_zero_and_a_row(example: Any, c
         ("mixed", "", "the students are 'replay', 'mixed' was expected"),
         ("refused", "whatever", "a refusal was expected, but the students are 'replay'"),
     ],
-    ids=["another rung", "no refusal"],
+    ids=["another student mode", "no refusal"],
 )
 def test_another_outcome_than_expected_ends_with_one(
     example: Any, capsys: Any, expect: str, reason: str, said: str
@@ -166,7 +168,7 @@ def test_a_recorded_row_takes_the_place_of_the_last_one_and_stands_in_the_page(
     ("name", "expect"),
     [("plain", "exact"), ("leaky_bottleneck", "mixed"), ("shared_encoder", "rerun"), ("variance_of_one", "heads")],
 )
-def test_every_rung_is_measured_as_what_it_is(name: str, expect: str) -> None:
+def test_every_student_mode_is_measured_as_what_it_is(name: str, expect: str) -> None:
     case = trial(name, expect)
     measured = measure(case)
     assert measured.failures(case) == []
@@ -182,7 +184,6 @@ def test_the_steps_of_a_trial_are_those_of_a_wrapper_that_nobody_listens_to() ->
         case.modalities,
         missing_rates=[0.2] * 3,
         config=PassionConfig(share_random_state=True),
-        strategy="passion",
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
@@ -303,6 +304,20 @@ def test_every_recipe_has_a_row_of_the_commit_it_names() -> None:
         assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", source)
         assert re.fullmatch(r"[0-9a-f]{40}", commit)
         assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", date)
+
+
+def test_the_rows_say_what_the_recipes_write() -> None:
+    rows = {row.name: row for row in read_rows()}
+    for name, module in recipes().items():
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            # What a recipe hands on from another one is checked there.
+            if (
+                isinstance(node, ast.keyword)
+                and node.arg in ("written", "traps")
+                and not isinstance(node.value, ast.Name)
+            ):
+                text = eval(compile(ast.Expression(node.value), name, "eval"), vars(module))
+                assert getattr(rows[name], node.arg) == text
 
 
 def test_the_page_says_what_was_recorded() -> None:

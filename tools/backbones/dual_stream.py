@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import load
 from tools.backbones.sources import edited
 from tools.backbones.trial import Call, Trial

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import load
 from tools.backbones.shaspec import MODALITIES, NUMBERS, make, narrower, region_loss
 from tools.backbones.sources import edited, replacing

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passion_plugin.backbone import MaskCodec
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import images, load
 from tools.backbones.trial import Call, Trial
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passion_plugin.backbone._calls import BackboneCall
-from passion_plugin.backbone._presets import PRESETS, preset
+from passion_plugin.backbone import PRESETS, BackboneCall, preset
 from passion_plugin.config import PassionConfig
-from passion_plugin.detection._inspect import examine_call
+from passion_plugin.detection import inspect_call
 from passion_plugin.errors import PassionError
 from passion_plugin.training import PassionRule
 from passion_plugin.training._step import TrainingStep
@@ -26,7 +25,7 @@ TOLERANCE = 1e-4
 """Relative difference up to which two runs of a network in float32 count as equal."""
 
 _STEPS = 6
-_RUNGS = {"exact": "replay", "mixed": "mixed", "rerun": "rerun", "heads": "heads"}
+_STUDENTS = {"exact": "replay", "mixed": "mixed", "rerun": "rerun", "heads": "heads"}
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -35,7 +34,7 @@ class Measured:
     """What a trial gave.
 
     Attributes:
-        outcome: the rung of the ladder that the students use, or ``"refused"``.
+        outcome: how the students are run, or ``"refused"``.
         found: where the spec came from: ``"given"``, ``"preset NAME"`` or ``"detected"``.
         difference: largest absolute difference between the logits of a student (or of the teacher) and those of
             a true run of the bare model; None for heads.
@@ -65,8 +64,8 @@ class Measured:
         if self.outcome == "refused":
             return ["it was refused"]
         problems = []
-        if self.outcome != _RUNGS[trial.expect]:
-            problems.append(f"the students are {self.outcome!r}, {_RUNGS[trial.expect]!r} was expected")
+        if self.outcome != _STUDENTS[trial.expect]:
+            problems.append(f"the students are {self.outcome!r}, {_STUDENTS[trial.expect]!r} was expected")
         if self.relative is not None and not self.relative <= TOLERANCE:
             problems.append(f"students differ from true runs by {self.relative:.1e} of the largest logit")
         if self.leak is None or not self.leak <= TOLERANCE:
@@ -139,10 +138,10 @@ def measure(trial: Trial) -> Measured:
 
 
 def _print_report(trial: Trial, name: str) -> None:
-    """Print what :func:`passion_plugin.inspect` would, and whether a search agrees with a preset."""
+    """Print what :func:`passion_plugin.inspect_backbone` does, and whether a search agrees with a preset."""
     call = BackboneCall(*trial.full())
     spec = preset(trial.spec, trial.model, trial.modalities) if isinstance(trial.spec, str) else trial.spec
-    report = examine_call(trial.model, call, trial.modalities, spec=spec)
+    report = inspect_call(trial.model, call, trial.modalities, spec=spec)
     print(report)
     if spec is None and name and report.spec is not None:
         known = preset(name, trial.model, trial.modalities)

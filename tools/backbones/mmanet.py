@@ -72,8 +72,8 @@ def build(checkout: Path) -> Trial:
             forward_fn=with_p,
         ),
         written='`spec=BackboneSpec(classifier="decoder.conv_out", encoders=…, input_argument=(0, 1), '
-        "mask_argument=None, per_sample_masks=False, forward_fn=with_p)`, where `with_p(net, x, mask)` sets `net.p` around "
-        "`net(*x)`; in each call `passion_presence=`",
+        "mask_argument=None, per_sample_masks=False, forward_fn=with_p)`, where `with_p(net, x, mask)` sets `net.p` "
+        "around `net(*x)`; in each call `passion_presence=`",
         traps="needs CUDA; the mask is the attribute `p`, and `[0, 0]` draws one inside `forward`: set it yourself; "
         "encoders are called by methods: name their blocks, of RGB the first convolution only, because depth joins it "
         "after each stage; the last layers are a learned up-sampling: name the classifier",

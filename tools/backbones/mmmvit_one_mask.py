@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
+from passion_plugin.detection import detect_spec
 from tools.backbones import mmmvit
 from tools.backbones.mmmvit import COMMIT, DATE, SOURCE
 from tools.backbones.trial import Trial

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import images, labels, load, on_cpu
 from tools.backbones.sources import edited, replacing
 from tools.backbones.trial import Trial

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import images, labels
 from tools.backbones.sfusion_port import CHANNELS, COLUMNS, network, task_loss
 from tools.backbones.trial import Call, Trial

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import images, labels, load
 from tools.backbones.sfusion_uhemis import BITS, COMMIT, DATE, MODALITIES, SOURCE, call
 from tools.backbones.trial import Trial

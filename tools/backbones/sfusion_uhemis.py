@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin.backbone import MaskCodec
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import images, labels, load
 from tools.backbones.trial import Call, Trial
 

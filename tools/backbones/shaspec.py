@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin.backbone import MaskCodec
+from passion_plugin.detection import detect_spec
 from tools.backbones.checkout import load
 from tools.backbones.sources import edited, replacing
 from tools.backbones.trial import Call, Trial

@@ -39,7 +39,7 @@ class Row:
         size: of the images, and what else was reduced.
         written: what the user writes besides modalities and rates.
         found: where the spec came from.
-        students: by which rung of the ladder, or the reason of the refusal.
+        students: by which student mode, or the reason of the refusal.
         difference: largest absolute difference of logits from a true run.
         relative: the same, as a fraction of the largest logit.
         leak: effect of the content of other modalities on a student, as such a fraction.

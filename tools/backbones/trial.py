@@ -14,7 +14,7 @@ from passion_plugin.backbone import BackboneSpec
 __all__ = ["Call", "Expectation", "Trial"]
 
 Expectation = Literal["exact", "mixed", "rerun", "heads", "refused"]
-"""What becomes of a backbone: replay that is exact, another rung of the ladder, or an error that says why not."""
+"""What becomes of a backbone: replay that is exact, another student mode, or an error that says why not."""
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword arguments of a call."""

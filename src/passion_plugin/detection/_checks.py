@@ -2,37 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from passion_plugin.backbone import MaskCodec
-from passion_plugin.detection._probe import Probe, relative_difference
-from passion_plugin.detection._report import EFFECT, BackboneReport, BatchBehaviour, MaskBehaviour, ModuleSummary
-from passion_plugin.errors import short
+from passion_plugin.detection._probe import EFFECT, Probe, equality_tolerance, reason_of, relative_difference
+from passion_plugin.detection._report import BackboneReport, BatchBehaviour, MaskBehaviour, batch_norms
+from passion_plugin.errors import PassionError, quoted
 
-__all__ = [
-    "equality_tolerance",
-    "mask_behaviour",
-    "mask_meaning",
-    "probe_batching",
-    "report_batch",
-    "report_buffers",
-    "report_idle_mask",
-    "report_layers",
-    "report_mask",
-]
+__all__ = ["check_batch", "check_mask", "check_modules", "different_masks", "mask_meaning"]
+
+_BLANKED = "Students get a blanked input; keep missing channels blank in your data too"
 
 
-def equality_tolerance(tensor: Tensor) -> float:
-    """Return the relative difference up to which two ways to compute a tensor count as equal."""
-    return max(1e-3, 16 * torch.finfo(tensor.dtype).eps)
+def check_modules(backbone: nn.Module, report: BackboneReport) -> None:
+    """Say what wrappers and batch normalisation layers mean."""
+    if any(isinstance(module, nn.DataParallel) for module in backbone.modules()):
+        report.problems.append(
+            "DataParallel is not supported: wrap its .module, and use DistributedDataParallel around the wrapper"
+        )
+    for name, module in backbone.named_modules():
+        kind, where = type(module).__name__, repr(name) if name else "the backbone"
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            report.warnings.append(f"{where} is a {kind}: wrap the bare network, and put {kind} around the wrapper")
+        elif isinstance(module, torch.jit.ScriptModule):
+            report.warnings.append(f"{where} is a ScriptModule, whose parts cannot be captured: pass the module")
+            break
+        elif kind == "OptimizedModule":
+            report.warnings.append(f"{where} is compiled; capturing outputs of its parts compiles some of them again")
+    if count := len(batch_norms(backbone)):
+        report.warnings.append(
+            f"{count} batch normalisation layer(s): their running statistics follow the fused pass only"
+        )
 
 
-def probe_batching(probe: Probe) -> BatchBehaviour:
-    """Find out whether a batch of two runs, mixes its samples, and may have different masks; size the probe.
+def check_batch(probe: Probe, report: BackboneReport, *, one_mask: bool) -> bool:
+    """Find out how the samples of a batch relate, and say what that means; size the probe.
+
+    Args:
+        probe: the backbone, in a sandbox.
+        report: to be written to.
+        one_mask: the user has said that all samples of a batch have one mask: students run on the whole batch.
+
+    Returns:
+        Whether one batch can hold samples with different masks.
+    """
+    found = report.batch = _batch_behaviour(probe)
+    if found.noise > EFFECT:
+        report.warnings.append(
+            f"two runs in evaluation mode differ by {found.noise:.1e}: dropout or sampling that is always "
+            f"on. Teacher and students see different noise"
+        )
+    if found.single_failure:
+        report.problems.append(
+            f"{found.single_failure}, while a batch of two runs. Students run on the rows of a batch that have their "
+            f"modality, often on one: is the mask used as an index (an integer mask, or .long() of it, picks "
+            f"rows instead of masking), or is the batch axis squeezed?"
+        )
+    if found.coupling is not None and found.coupling > EFFECT:
+        coupled = (
+            f"the samples of a batch are not independent: the prediction of one changes by {found.coupling:.1e} "
+            f"when the content of its neighbour changes"
+        )
+        if any(layer.running_mean is None for layer in batch_norms(probe.backbone)):
+            report.warnings.append("batch normalisation without running statistics couples samples in evaluation too")
+        elif one_mask:
+            report.warnings.append(
+                f"{coupled}. With one mask for the batch, as per_sample_masks=False says, students run on the whole "
+                f"batch and see what the teacher saw"
+            )
+        else:
+            report.problems.append(
+                f"{coupled} (a softmax or a mean over the batch axis?). Students run on some rows of the batch and "
+                f"would not see what the teacher saw. Make the samples independent in the backbone, or train with one "
+                f"mask for the batch (a batch of one has one) and say so with per_sample_masks=False"
+            )
+    reason = found.failure
+    if found.mixed_masks is not None and found.mixed_masks > equality_tolerance(torch.float32):
+        reason = (
+            f"samples with different masks get predictions that differ by {found.mixed_masks:.1e} from those in "
+            f"batches of one mask (one mask for the whole batch, or only its first row read?)"
+        )
+    if reason:
+        report.warnings.append(f"one batch cannot hold different masks: {reason}")
+    return not reason
+
+
+def _batch_behaviour(probe: Probe) -> BatchBehaviour:
+    """Try a batch of two, other neighbours, a batch of one, and different masks in one batch.
 
     Every comparison is between batches of one size from one random state, so that dropout that is always on
     draws the same numbers on both sides.
@@ -42,39 +101,38 @@ def probe_batching(probe: Probe) -> BatchBehaviour:
         probe.resize(2)
         try:
             probe.predict(probe.images(), probe.presence())
-        except Exception as error:
-            found.reason = f"a batch of two raises {short(error)}"
+        except PassionError as error:
+            found.failure = f"a batch of two raises {reason_of(error)}"
             probe.resize(1)
     everything = probe.presence()
     base = probe.predict(probe.images(), everything)
-    found.repeatable = relative_difference(probe.predict(probe.images(), everything, seed=1), base)
+    found.noise = relative_difference(probe.predict(probe.images(), everything, seed=1), base)
     if probe.batch == 1:
         return found
     # Every row: what is read off the first one and used for all does not change with the others.
     changed = [probe.predict(probe.neighbours(row), everything)[row] for row in range(probe.batch)]
-    found.mixing = max(relative_difference(other, base[row]) for row, other in enumerate(changed))
+    found.coupling = max(relative_difference(other, base[row]) for row, other in enumerate(changed))
+    probe.resize(1)
     try:
-        probe.predict(probe.images(), everything, rows=torch.tensor([0]))
-    except Exception as error:
-        found.single = f"a batch of one raises {short(error)}"
+        probe.predict(probe.images(), probe.presence())
+    except PassionError as error:
+        found.single_failure = f"a batch of one raises {reason_of(error)}"
+    probe.resize(2)
+    table = different_masks(probe.batch, len(probe.modalities))
     try:
-        found.mixed = _mixed_difference(probe)
-    except Exception as error:
-        found.reason = f"different masks in one batch raise {short(error)}"
+        together = probe.predict(probe.images(), table)
+        apart = [probe.predict(probe.images(), mask.expand_as(table))[row] for row, mask in enumerate(table)]
+    except PassionError as error:
+        found.failure = f"different masks in one batch raise {reason_of(error)}"
+        return found
+    found.mixed_masks = max(relative_difference(together[row], other) for row, other in enumerate(apart))
     return found
 
 
-def _mixed_difference(probe: Probe) -> float:
-    count = len(probe.modalities)
-    table = torch.ones(probe.batch, count, dtype=torch.bool)
-    for row in range(probe.batch):
-        table[row, (row + 1) % count] = False
-    together = probe.predict(probe.images(), table)
-    differences = []
-    for row in range(probe.batch):
-        apart = probe.predict(probe.images(), table[row].expand_as(table))
-        differences.append(relative_difference(together[row], apart[row]))
-    return max(differences)
+def different_masks(batch: int, count: int) -> torch.Tensor:
+    """Return bool (B, M) in which every row misses another modality."""
+    missing = (torch.arange(batch) + 1) % count
+    return torch.arange(count) != missing[:, None]
 
 
 def mask_meaning(probe: Probe) -> str:
@@ -87,186 +145,101 @@ def mask_meaning(probe: Probe) -> str:
     assumed, other = ("present", "missing") if before.mask_meaning == "present" else ("missing", "present")
     if isinstance(before.mask_format, MaskCodec) or before.mask_argument is None or _content_matters(probe):
         return assumed
-    try:
-        probe.set_convention(replace(before, mask_meaning=other))
-        return other if _content_matters(probe) else assumed
-    finally:
-        probe.set_convention(before)
+    probe.set_convention(replace(before, mask_meaning=other))
+    meaning = other if _content_matters(probe) else assumed
+    probe.set_convention(before)
+    return meaning
 
 
 def _content_matters(probe: Probe) -> bool:
     try:
         base = probe.predict(probe.images(), probe.presence())
         changed = probe.predict(probe.images(*range(len(probe.modalities))), probe.presence())
-    except Exception:
+    except PassionError:
         return False
     return bool(torch.isfinite(base).all()) and relative_difference(changed, base) > EFFECT
 
 
-def mask_behaviour(probe: Probe) -> MaskBehaviour:
-    """Let one modality after the other through by the mask alone, and change content to see what is shown."""
+def _mask_behaviour(probe: Probe) -> MaskBehaviour:
+    """Show one modality after the other by the mask alone, and change content to see what reaches the prediction."""
     count = len(probe.modalities)
     found = MaskBehaviour()
     full = probe.predict(probe.images(), probe.presence())
+
+    def changes(base: torch.Tensor, keep: torch.Tensor, *modalities: int) -> float:
+        return relative_difference(probe.predict(probe.images(*modalities), keep), base)
+
     for k in range(count):
         keep = probe.presence(k)
-        others = [m for m in range(count) if m != k]
         try:
             base = probe.predict(probe.images(), keep)
-            own = relative_difference(probe.predict(probe.images(k), keep), base)
-            leak = relative_difference(probe.predict(probe.images(*others), keep), base)
+            own, leak = changes(base, keep, k), changes(base, keep, *(m for m in range(count) if m != k))
             if not torch.isfinite(base).all():
                 own = leak = float("nan")
             found.effect.append(relative_difference(base, full))
             found.own.append(own)
             found.leak.append(leak)
             if own <= EFFECT < leak:
-                changes = [relative_difference(probe.predict(probe.images(m), keep), base) for m in range(count)]
-                found.columns[k] = tuple(m for m in range(count) if changes[m] > EFFECT)
-        except Exception as error:
-            found.failure = f"a mask with only {probe.modalities[k]!r} present raises {short(error)}"
+                found.columns[k] = tuple(m for m in range(count) if changes(base, keep, m) > EFFECT)
+        except PassionError as error:
+            found.failure = f"a mask with only {probe.modalities[k]!r} present raises {reason_of(error)}"
             break
     return found
 
 
-_BLANKED = "Students get a blanked input; keep missing channels blank in your data too"
-
-
-def report_layers(report: BackboneReport, layers: ModuleSummary) -> None:
-    """Write down what the parts of a network mean."""
-    if layers.parallel:
-        report.problem(layers.parallel)
-    for remark in layers.wrappers:
-        report.warn(remark)
-    if layers.batch_statistics:
-        report.warn(
-            f"{layers.batch_statistics} batch normalisation layer(s): their running statistics follow the fused "
-            f"pass only, and students cannot be stacked"
-        )
-
-
-def report_batch(
-    report: BackboneReport, found: BatchBehaviour, layers: ModuleSummary, *, one_mask: bool = False
-) -> bool:
-    """Write down what the relation of the samples in a batch means.
+def check_mask(probe: Probe, report: BackboneReport, *, inverted: bool, try_bool: bool, through_call: bool) -> None:
+    """Find out which columns of the mask show which modality, and say what that means.
 
     Args:
+        probe: the backbone, in a sandbox.
         report: to be written to.
-        found: the experiment.
-        layers: of the network.
-        one_mask: the user has said that all samples of a batch have one mask: students run on the whole batch.
-
-    Returns:
-        Whether one batch can hold samples with different masks.
-    """
-    if found.repeatable > EFFECT:
-        report.warn(
-            f"two runs in evaluation mode differ by {found.repeatable:.1e}: dropout or sampling that is always "
-            f"on. Teacher and students see different noise"
-        )
-    if found.single:
-        report.problem(
-            f"{found.single}, while a batch of two runs. Students run on the rows of a batch that have their "
-            f"modality, often on one: is the mask used as an index (an integer mask, or .long() of it, picks "
-            f"rows instead of masking), or is the batch axis squeezed?"
-        )
-    if found.mixing is not None and found.mixing > EFFECT:
-        if layers.no_running:
-            report.warn("batch normalisation without running statistics couples samples in evaluation too")
-        elif one_mask:
-            report.warn(
-                f"the samples of a batch are not independent: the prediction of one changes by {found.mixing:.1e} "
-                f"when the content of its neighbour changes. With one mask for the batch, as per_sample_masks=False says, "
-                f"students run on the whole batch and see what the teacher saw"
-            )
-        else:
-            report.problem(
-                f"the samples of a batch are not independent: the prediction of one changes by "
-                f"{found.mixing:.1e} when the content of its neighbour changes (a softmax or a mean over the batch "
-                f"axis?). Students run on some rows of the batch and would not see what the teacher saw. Make the "
-                f"samples independent in the backbone, or train with one mask for the batch (a batch of one has "
-                f"one) and say so with per_sample_masks=False"
-            )
-    if found.mixed is None:
-        report.warn(f"one batch cannot hold different masks: {found.reason}")
-        return False
-    different = found.mixed > equality_tolerance(torch.empty(0))
-    if different:
-        report.warn(
-            f"one batch cannot hold different masks: samples with different masks get predictions that differ by "
-            f"{found.mixed:.1e} from those in batches of one mask (one mask for the whole batch, or only its first "
-            f"row read?)"
-        )
-    return not different
-
-
-def report_buffers(report: BackboneReport, moved: Sequence[str]) -> None:
-    """Write down what it means that the backward of a student changes buffers."""
-    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in moved))
-    if layers:
-        more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-        report.warn(
-            f"buffers of {', '.join(map(repr, layers[:4]))}{more} (running statistics?) change in the backward of "
-            f"students too: activation checkpointing runs these layers again there. Single modalities then move the "
-            f"statistics that are used at test time. Keep these layers out of what is checkpointed, or use "
-            f"normalisation without running statistics",
-            aloud=True,
-        )
-
-
-def report_mask(report: BackboneReport, found: MaskBehaviour, meaning: str, *, through_call: bool) -> None:
-    """Write down what it means which columns of the mask let which modality through.
-
-    Args:
-        report: to be written to.
-        found: the experiment.
-        meaning: ``"present"`` or ``"missing"``, what the experiment showed a 1 to say, in terms of the spec:
-            ``"missing"`` when the spec has it the wrong way round.
+        inverted: :func:`mask_meaning` is the opposite of what the spec says.
+        try_bool: where the mask has no effect, find out whether a bool mask in its place has.
         through_call: the backbone is run by the user's own function.
     """
+    found = report.mask = _mask_behaviour(probe)
     names, order = report.modalities, found.permutation()
     if found.failure:
-        report.warn(found.failure)
-    elif found.columns and meaning == "missing":
-        report.problem(
+        report.warnings.append(found.failure)
+    elif not found.has_effect and try_bool and _bool_mask_has_effect(probe):
+        report.problems.append(
+            f"the example mask is of type {probe.convention.mask_format} and hides nothing, while a torch.bool mask "
+            f"does: the backbone uses it as an index. Pass mask.bool()"
+        )
+    elif not found.has_effect:
+        report.warnings.append(
+            f"the mask has no effect on the prediction, only a blank input hides a modality. {_BLANKED}"
+        )
+    elif found.columns and inverted:
+        report.problems.append(
             "the mask works the other way round: what it marks as present is hidden. Set mask_meaning= to the "
             "other value"
         )
     elif order is not None:
-        columns = tuple(names[m] for m in order)
         switched = "; ".join(f"mask column {k} switches {names[m]!r}" for k, m in enumerate(order))
-        cure = "Put the columns in order in forward_fn=" if through_call else f"Pass mask_columns={columns!r}"
-        report.problem(
-            f"the columns of the mask do not have the order of the images: {switched}. {cure}, or give modalities "
-            f"and images in the order of the mask"
+        columns = f"Pass mask_columns={tuple(names[m] for m in order)!r}"
+        report.problems.append(
+            f"the columns of the mask do not have the order of the images: {switched}. "
+            f"{'Put the columns in order in forward_fn=' if through_call else columns}, or give modalities and images "
+            f"in the order of the mask"
         )
     elif found.columns:
-        for k, shown in found.columns.items():
-            listed = ", ".join(repr(names[m]) for m in shown) or "nothing"
-            report.problem(
-                f"mask column {k} is expected to let {names[k]!r} through, but the content that then reaches the "
-                f"prediction is that of {listed}. Say in mask_columns= which modality each column switches"
-            )
-    elif found.leaks:
-        worst = max(range(len(found.leak)), key=lambda m: found.leak[m])
-        report.warn(
-            f"content of masked modalities leaks into the prediction (by {found.leak[worst]:.1e} with only "
-            f"{names[worst]!r} present): the mask alone does not hide it. {_BLANKED}"
+        report.problems += [
+            f"mask column {k} is expected to show {names[k]!r}, but the content that then reaches the prediction is "
+            f"that of {quoted([names[m] for m in shown]) or 'nothing'}. Say in mask_columns= which modality each "
+            f"column switches"
+            for k, shown in found.columns.items()
+        ]
+    elif (worst := max(found.leak)) > EFFECT:
+        report.warnings.append(
+            f"content of masked modalities leaks into the prediction (by {worst:.1e} with only "
+            f"{names[found.leak.index(worst)]!r} present): the mask alone does not hide it. {_BLANKED}"
         )
 
 
-def report_idle_mask(report: BackboneReport, kind: str, *, bool_helps: bool) -> None:
-    """Write down what a mask without any effect means.
-
-    Args:
-        report: to be written to.
-        kind: format of the mask.
-        bool_helps: a bool mask in its place has an effect.
-    """
-    if bool_helps:
-        report.problem(
-            f"the example mask is of type {kind} and hides nothing, while a torch.bool mask does: the backbone "
-            f"uses it as an index. Pass mask.bool()"
-        )
-    else:
-        report.warn(f"the mask has no effect on the prediction, only a blank input hides a modality. {_BLANKED}")
+def _bool_mask_has_effect(probe: Probe) -> bool:
+    before = probe.convention
+    probe.set_convention(replace(before, mask_format="bool"))
+    found = _mask_behaviour(probe)
+    probe.set_convention(before)
+    return found.has_effect and not found.failure

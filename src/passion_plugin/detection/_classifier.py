@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -28,7 +29,7 @@ class Match:
         name: of the layer.
         relation: what happens to its output on the way to the prediction; empty when nothing does.
         classes: K, number of output channels.
-        channels_last: the layer puts the classes into the last dimension.
+        channels_last: the classes are in the last dimension.
     """
 
     name: str
@@ -39,14 +40,14 @@ class Match:
 
 @dataclass
 class ClassifierSearch:
-    """Compares what layers put out with the prediction while the network runs.
+    """Compares outputs of layers with the prediction while the network runs.
 
     Attributes:
         prediction: (B, K, *spatial), as the backbone returns it.
         names: of the modules to look at.
         matches: layers whose output gives the prediction, in call order.
         calls: how often each layer ran.
-        candidates: layers with an output of prediction-like shape, for messages.
+        candidates: layers whose output has the shape of a prediction, for messages.
     """
 
     prediction: Tensor
@@ -56,9 +57,9 @@ class ClassifierSearch:
     candidates: list[str] = field(default_factory=list)
 
     def handlers(self) -> dict[nn.Module, Handler]:
-        """Return what listens to every layer that could be a classifier."""
+        """Return a handler for every layer that could be a classifier."""
         return {
-            module: functools.partial(self._listen, name)
+            module: functools.partial(self._capture, name)
             for module, name in self.names.items()
             if isinstance(module, (_ConvNd, nn.Linear))
             or (not any(module.children()) and any(True for _ in module.parameters()))
@@ -70,7 +71,7 @@ class ClassifierSearch:
         found = once or self.matches
         return found[-1] if found else None
 
-    def _listen(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+    def _capture(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         self.calls[name] = self.calls.get(name, 0) + 1
         if isinstance(output, Tensor):
@@ -155,4 +156,4 @@ def _channels_first(output: Tensor, prediction: Tensor) -> Tensor | None:
         return None
     if output.numel() != prediction.numel():
         return None
-    return output.movedim(-1, 1).reshape(prediction.shape)
+    return rearrange(output, "b ... k -> b k (...)").reshape(prediction.shape)

@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from passion_plugin._validate import unreadable
 from passion_plugin.backbone import Handler, channel_share, maps_in, patched_forward, prediction_of
 from passion_plugin.detection._classifier import ClassifierSearch, follows
 from passion_plugin.detection._probe import Probe
 
-__all__ = ["Detection", "Encoders", "detect", "uneven_channels"]
+__all__ = ["Encoders", "FoundModules", "find_modules", "uneven_channels"]
 
 Encoders = Mapping[str, tuple[str, ...]]
 """Names of modules by modality."""
+
+Fingerprint = list[Tensor] | None
+Fingerprints = dict[str, list[Fingerprint]]
+"""Of every call of every module, by name."""
 
 _SAMPLES = 1024
 
@@ -30,7 +35,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 @dataclass(frozen=True)
-class Detection:
+class FoundModules:
     """What runs of the backbone with other content in one modality at a time have shown.
 
     Attributes:
@@ -76,129 +81,110 @@ class Detection:
         return {modality: tuple(found) for modality, found in groups.items()} if any(groups.values()) else {}
 
 
-def detect(probe: Probe) -> Detection:
-    """Run the backbone once, and once more for each modality with other content in it.
-
-    Args:
-        probe: the backbone, in a sandbox.
-    """
-    search = ClassifierSearch(_prediction(probe, probe.presence()), _names(probe))
-    # Two contexts: a layer can be listened to for both reasons, and each override calls the one before.
+def find_modules(probe: Probe) -> FoundModules:
+    """Run the backbone once, and once more for each modality with other content in it."""
+    search = ClassifierSearch(_prediction(probe), _names(probe))
+    # Two contexts: a layer can be captured for both reasons, and each handler calls the one before.
     with patched_forward(search.handlers()):
-        base = _recorded(probe, probe.images())
+        base = _fingerprints(probe, probe.images())
     private, shared = _dependencies(probe, base)
-    return Detection(probe.modalities, private, tuple(_outermost(shared)), search)
+    return FoundModules(probe.modalities, private, tuple(_outermost(shared)), search)
 
 
 def uneven_channels(probe: Probe) -> str:
     """Say that the channels of a tensor do not belong to the modalities in equal parts; empty where nothing shows it.
 
-    Of modalities with different numbers of channels a small one has its module see only a part of what it is dealt,
-    and a large one has none that is not touched by its neighbour's share too.
-
-    Args:
-        probe: the backbone, in a sandbox.
+    If modalities have different numbers of channels, an equal split gives a small one channels that its encoder
+    ignores, and leaves a large one without a private encoder.
     """
     x = probe.images()
     share = channel_share(x, probe.modalities)
     if probe.convention.fill_missing is not None or share < 2:
         return ""
-    base = _recorded(probe, x)
+    base = _fingerprints(probe, x)
     private, _ = _dependencies(probe, base)
-    lacking = [name for m, name in enumerate(probe.modalities) if m not in private.values()]
-    if not private or not lacking:
+    missing = [name for m, name in enumerate(probe.modalities) if m not in private.values()]
+    if not private or not missing:
         return ""
     other = probe.images(*range(len(probe.modalities)))
-    blind: dict[str, int] = {}
+    blind: list[str] = []
     for channel in range(share):
         changed = x.clone()
         changed[:, channel::share] = other[:, channel::share]
-        after = _recorded(probe, changed)
-        blind |= {name: private[name] for name in _outermost(private) if not _any_changed(base, after, name)}
+        after = _fingerprints(probe, changed)
+        blind += [name for name in _outermost(private) if not _any_changed(base[name], after[name])]
     if not blind:
         return ""
-    name, owner = next(iter(blind.items()))
     return (
         f"the {x.shape[1]} channels of the images are dealt out as {share} for each of {probe.modalities}, but "
-        f"{name!r} sees only some of those of {probe.modalities[owner]!r}, and no module depends on {lacking[0]!r} "
-        f"alone: have they different numbers of channels? Where one is missing, a part of another would be blanked. "
-        f"Say in fill_missing= (a function of images and mask) which channels are whose, or let the backbone take a mapping "
-        f"from modality to images"
+        f"{blind[0]!r} sees only some of those of {probe.modalities[private[blind[0]]]!r}, and no module depends on "
+        f"{missing[0]!r} alone: have they different numbers of channels? Where one is missing, a part of another "
+        f"would be blanked. Say in fill_missing= (a function of images and mask) which channels are whose, or let the "
+        f"backbone take a mapping from modality to images"
     )
+
+
+def _prediction(probe: Probe) -> Tensor:
+    """Return the part of what the backbone returns that follows from its classifier, if that is known."""
+    raw, prediction = probe.outputs(probe.images(), probe.presence())
+    if probe.classifier is None:
+        return prediction
+    relations = [(follows(prediction, part), part) for part in maps_in(raw)]
+    found = [(relation, part) for relation, part in relations if relation is not None]
+    # The softmax of logits says more about what the classes are than the logits, where both are returned.
+    return next((part for relation, part in found if relation), found[0][1] if found else prediction_of(raw))
 
 
 def _names(probe: Probe) -> dict[nn.Module, str]:
     return {module: name for name, module in probe.backbone.named_modules() if name}
 
 
-def _recorded(probe: Probe, x: Any) -> _Recording:
-    recording = _Recording(_names(probe), probe.batch)
-    probe.run(x, probe.presence(), handlers=recording.handlers())
-    return recording
+def _fingerprints(probe: Probe, x: Any) -> Fingerprints:
+    """Run the backbone, and return fingerprints of the outputs of every module, call by call."""
+    calls: Fingerprints = defaultdict(list)
+
+    def capture(name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        calls[name].append(_fingerprint(output, probe.batch))
+        return output
+
+    handlers = {module: functools.partial(capture, name) for module, name in _names(probe).items()}
+    probe.run(x, probe.presence(), handlers=handlers)
+    return calls
 
 
-def _dependencies(probe: Probe, base: _Recording) -> tuple[dict[str, int], list[str]]:
+def _dependencies(probe: Probe, base: Fingerprints) -> tuple[dict[str, int], list[str]]:
     """Return the modality of every private module, in call order, and the modules called for one after the other."""
-    depends: dict[str, list[set[int]]] = {name: [set() for _ in calls] for name, calls in base.calls.items()}
+    depends: dict[str, list[set[int]]] = {name: [set() for _ in calls] for name, calls in base.items()}
     unstable = set()
     for m in range(len(probe.modalities)):
-        other = _recorded(probe, probe.images(m))
-        for name, calls in base.calls.items():
-            if len(other.calls[name]) != len(calls):
+        other = _fingerprints(probe, probe.images(m))
+        for name, calls in base.items():
+            if len(other[name]) != len(calls):
                 unstable.add(name)
                 continue
-            for call, (before, after) in enumerate(zip(calls, other.calls[name], strict=True)):
+            for found, before, after in zip(depends[name], calls, other[name], strict=True):
                 if _changed(before, after):
-                    depends[name][call].add(m)
-    modules = dict(probe.backbone.named_modules())
-    learning = [name for name in depends if name not in unstable and any(True for _ in modules[name].parameters())]
-    private = {}
-    shared = []
-    for name in learning:
-        sets = depends[name]
-        first = sets[0]
-        if len(first) == 1 and all(others == first for others in sets):
-            if all(call is not None for call in base.calls[name]):
-                private[name] = next(iter(first))
+                    found.add(m)
+    private, shared = {}, []
+    for name, sets in depends.items():
+        if name in unstable or not any(True for _ in probe.backbone.get_submodule(name).parameters()):
+            continue
+        if len(set().union(*sets)) == 1 and all(sets):
+            if all(call is not None for call in base[name]):
+                private[name] = next(iter(sets[0]))
         elif all(len(one) == 1 for one in sets):
             shared.append(name)
     return private, shared
 
 
-def _prediction(probe: Probe, everything: Tensor) -> Tensor:
-    """Return the part of what the backbone returns that follows from its classifier, if that is known."""
-    raw = probe.run(probe.images(), everything)
-    if probe.classifier is None:
-        return prediction_of(raw)
-    logits = probe.predict(probe.images(), everything)
-    relations = [(follows(logits, part), part) for part in maps_in(raw)]
-    found = [(relation, part) for relation, part in relations if relation is not None]
-    # Logits beside their softmax say less than the softmax about what the classes are.
-    return next((part for relation, part in found if relation), found[0][1] if found else prediction_of(raw))
-
-
-class _Recording:
-    """Fingerprints of what every module put out in one pass."""
-
-    def __init__(self, names: Mapping[nn.Module, str], batch: int) -> None:
-        self.names = names
-        self.batch = batch
-        self.calls: dict[str, list[list[Tensor] | None]] = defaultdict(list)
-
-    def handlers(self) -> dict[nn.Module, Handler]:
-        return {module: functools.partial(self._listen, name) for module, name in self.names.items()}
-
-    def _listen(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        self.calls[name].append(_fingerprint(output, self.batch))
-        return output
-
-
-def _fingerprint(output: Any, batch: int) -> list[Tensor] | None:
+def _fingerprint(output: Any, batch: int) -> Fingerprint:
     """Return a few numbers for each tensor, or None for an output that could not be replayed by rows."""
     leaves = tree_leaves(output)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        return None
+    if any(tensor.is_nested or unreadable(tensor) for tensor in tensors):
         return None
     if any(tensor.ndim == 0 or tensor.shape[0] != batch for tensor in tensors):
         return None
@@ -218,7 +204,7 @@ def _summary(tensor: Tensor) -> Tensor:
     return torch.cat([flat[index.to(flat.device)].double(), *means]).cpu()
 
 
-def _changed(before: list[Tensor] | None, after: list[Tensor] | None) -> bool:
+def _changed(before: Fingerprint, after: Fingerprint) -> bool:
     if before is None or after is None:
         return before is not after
     if len(before) != len(after):
@@ -232,9 +218,8 @@ def _changed(before: list[Tensor] | None, after: list[Tensor] | None) -> bool:
     return False
 
 
-def _any_changed(before: _Recording, after: _Recording, name: str) -> bool:
-    pairs = itertools.zip_longest(before.calls[name], after.calls[name])
-    return any(_changed(old, new) for old, new in pairs)
+def _any_changed(before: Sequence[Fingerprint], after: Sequence[Fingerprint]) -> bool:
+    return any(itertools.starmap(_changed, itertools.zip_longest(before, after)))
 
 
 def _outermost(names: Sequence[str] | Mapping[str, Any]) -> list[str]:

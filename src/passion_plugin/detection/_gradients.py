@@ -1,13 +1,15 @@
-"""What only passes with gradient show: encoders that are cut off, checkpointing, wrong gradients."""
+"""What only passes with gradient show: encoders that are cut off, checkpointing, wrong gradients, moved buffers.
+
+Every function takes a ``probe`` (the backbone, in a sandbox) and a ``spec`` of it.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,227 +32,26 @@ from passion_plugin.backbone import (
     reentrant_problem,
     student_pass,
 )
-from passion_plugin.detection._checks import equality_tolerance
-from passion_plugin.detection._probe import Probe, relative_difference
-from passion_plugin.detection._report import dropout_layers
+from passion_plugin.detection._probe import (
+    BackboneRunError,
+    Probe,
+    backbone_errors,
+    equality_tolerance,
+    relative_difference,
+)
+from passion_plugin.detection._report import BackboneReport, dropout_layers
 from passion_plugin.detection._sandbox import reseed, same_values
-from passion_plugin.errors import BackboneError
+from passion_plugin.errors import PassionError, quoted
 
 __all__ = [
-    "GradientPaths",
+    "check_buffers",
+    "check_training",
+    "cut_off_encoders",
     "gradient_difference",
-    "gradient_paths",
-    "moved_buffers",
     "skipping_difference",
     "student_mode_difference",
-    "training_problems",
     "true_student",
 ]
-
-
-@dataclass
-class GradientPaths:
-    """Where gradient does not go.
-
-    Attributes:
-        cut: encoder modules whose output carries no gradient although they could learn.
-        reentrant: what is wrong with reentrant activation checkpointing, empty where there is none.
-        failure: the exception of a pass in training mode.
-    """
-
-    cut: list[str] = field(default_factory=list)
-    reentrant: str = ""
-    failure: str = ""
-
-
-def gradient_paths(probe: Probe, spec: BackboneSpec) -> GradientPaths:
-    """Run the backbone in training mode with gradient, and look at what its encoders and classifier put out.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: with encoders and classifier.
-    """
-    found = GradientPaths()
-    # Bound as a re-run: features without gradient are to be understood here, not to raise.
-    adapter = probe.bind(spec.replaced(students="rerun"))
-    assert adapter.classifier is not None
-    names = {
-        module: name
-        for modality, modules in adapter.encoders.items()
-        for module, name in zip(modules, spec.encoders[modality], strict=True)
-    }
-    without_mode: list[nn.Module] = []
-    outputs: dict[nn.Module, list[Tensor]] = defaultdict(list)
-
-    def listen(module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            without_mode.append(module)
-        output = forward(*args, **kwargs)
-        outputs[module] += [
-            leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        ]
-        return output
-
-    handlers = {module: functools.partial(listen, module) for module in (*names, adapter.classifier)}
-    presence = probe.presence()
-    try:
-        with torch.enable_grad(), patched_forward(handlers):
-            probe.backbone.train()
-            reseed()
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
-    except BackboneError:
-        raise
-    except Exception as error:
-        found.failure = f"{type(error).__name__}: {error}"
-        return found
-    finally:
-        probe.backbone.eval()
-    ends = (fused.prediction.logits, prediction_of(fused.raw))
-    if passes_reentrant(ends):
-        named = {**names, adapter.classifier: spec.classifier}
-        found.reentrant = reentrant_problem(list(dict.fromkeys(named[module] for module in without_mode)))
-        return found
-    for module, name in names.items():
-        learns = any(parameter.requires_grad for parameter in module.parameters())
-        if learns and outputs[module] and not any(leaf.requires_grad for leaf in outputs[module]):
-            found.cut.append(name)
-    return found
-
-
-def training_problems(probe: Probe, spec: BackboneSpec) -> tuple[list[str], list[str]]:
-    """Run a fused pass and every student once in training mode with gradient.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: with ``students`` decided.
-
-    Returns:
-        Problems and warnings.
-    """
-    adapter = probe.bind(spec)
-    presence = probe.presence()
-    rows = torch.arange(probe.batch)
-    try:
-        with torch.enable_grad():
-            probe.backbone.train()
-            reseed()
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
-            if not any(parameter.requires_grad for parameter in probe.backbone.parameters()):
-                return [], ["no parameter requires gradient: there is nothing to train"]
-            if spec.students != "heads":
-                student_pass(adapter, fused, StudentInput(probe.modalities[:1], rows))
-    except BackboneError as error:
-        return [f"in training mode: {error}"], []
-    except Exception as error:
-        return [], [f"a pass in training mode raised {type(error).__name__}: {error}"]
-    finally:
-        probe.backbone.eval()
-    return [], []
-
-
-def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
-    """Return the largest relative difference between the gradient of a student and that of a true run.
-
-    Equal outputs are not enough: a checkpointed encoder runs again in backward, when nothing is replayed any
-    more. Training mode decides, since networks may checkpoint in training only; evaluation mode does where students
-    and true runs differ in training for another reason, such as noise.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: with ``students`` decided.
-    """
-    with _training_mode(probe.backbone):
-        differences = _gradient_differences(probe, spec) if _runs(probe, spec) else [None]
-    if None in differences:
-        differences = _gradient_differences(probe, spec)
-    return max([0.0, *(math.inf if found is None else found for found in differences)])
-
-
-def student_mode_difference(probe: Probe, spec: BackboneSpec, light: BackboneSpec) -> float:
-    """Return the relative difference that light mode makes to the gradient of a true run in training mode.
-
-    A checkpointed decoder runs again in backward, when light mode is over.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: how to talk to it.
-        light: the same with light mode.
-    """
-    presence, student_input = probe.presence(), _whole_batch(probe, probe.modalities[0])
-    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
-    with _training_mode(probe.backbone):
-        if not _runs(probe, spec):
-            return 0.0
-        with torch.enable_grad():
-            reference, student = (true_student(probe, how, presence, student_input).logits for how in (spec, light))
-            return _gradient_apart(probe, student, reference, parameters) or 0.0
-
-
-def moved_buffers(probe: Probe, spec: BackboneSpec) -> list[str]:
-    """Return the names of the buffers that the backward of a student changes in training mode.
-
-    Buffers rest while a student runs forward. What is checkpointed runs again in backward.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: with ``students`` decided.
-    """
-    if spec.students == "heads":
-        return []
-    adapter, presence = probe.bind(spec), probe.presence()
-    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
-    with _training_mode(probe.backbone):
-        try:
-            reseed()
-            # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
-            with torch.enable_grad():
-                student = student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0])).logits
-                total = _projected(student)
-            before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
-            torch.autograd.grad(total, parameters, allow_unused=True)
-        except Exception:  # there is nothing to train, or nothing that can be: others say so
-            return []
-        after = dict(probe.backbone.named_buffers())
-        return [name for name, buffer in before.items() if name in after and not same_values(after[name], buffer)]
-
-
-def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
-    """Return the largest relative difference that skipping the encoders of missing modalities makes.
-
-    Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards and, for
-    ``"absent"``, the gradient that is sent to all parameters. Where encoders run on fewer rows, rounding flips
-    activations near zero and gradients with them. Statistics of batch normalisation, wherever they are taken, may
-    follow what a skipped encoder would put out; noise, what it would draw.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        spec: with encoders.
-        skip: ``"absent"``: one half of the modalities is missing in all rows, then the other. ``"rows"``: another
-            one in each row.
-    """
-    adapter = probe.bind(spec)
-    parameters = [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
-    worst = 0.0
-    columns = torch.arange(len(probe.modalities)).expand(probe.batch, -1)
-    first_half = columns < len(probe.modalities) // 2
-    one_each = columns != torch.arange(probe.batch)[:, None] % len(probe.modalities)
-    for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
-        results = []
-        for how in ("no", skip):
-            with torch.enable_grad(), _training_mode(probe.backbone):
-                reseed()
-                fused = fused_pass(adapter, probe.arguments(probe.images(), table), table, skip=how)
-                leaves = [leaf for leaf in tree_leaves(fused.raw) if isinstance(leaf, Tensor)]
-                outputs = [leaf for leaf in leaves if leaf.is_floating_point()]
-                total = sum(_projected(leaf) for leaf in outputs if leaf.requires_grad)
-                results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
-                if skip == "absent" and isinstance(total, Tensor):
-                    results[-1].append(_gradient(probe, total, parameters))
-        # A buffer may hold infinities, which have no difference.
-        changed = [pair for pair in zip(*results, strict=True) if not torch.equal(*pair)]
-        worst = max([worst, *(relative_difference(skipped, full) for full, skipped in changed)])
-    return worst
 
 
 def true_student(
@@ -259,8 +60,8 @@ def true_student(
     """Return what a student should give: everything runs, on a blanked input with a one-hot mask.
 
     Args:
-        probe: the backbone, in a sandbox.
-        spec: how to talk to it.
+        probe: the backbone.
+        spec: of the backbone.
         presence: bool (B, M) of the call.
         student_input: modalities and rows.
         *changed: numbers of modalities that get other content.
@@ -273,28 +74,224 @@ def true_student(
     return student_pass(adapter, fused, student_input)
 
 
+def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> list[str]:
+    """Run the backbone in training mode, and look at the graph behind the outputs of encoders and classifier.
+
+    Returns:
+        Encoder modules whose output carries no gradient although they could learn.
+    """
+    # Bound as a re-run: features without gradient are to be understood here, not to raise.
+    adapter = probe.bind(spec.replaced(students="rerun"))
+    names = {
+        module: name
+        for modality, modules in adapter.encoders.items()
+        for module, name in zip(modules, spec.encoders[modality], strict=True)
+    }
+    without_grad: list[nn.Module] = []
+    outputs: dict[nn.Module, list[Tensor]] = defaultdict(list)
+
+    def capture(module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            without_grad.append(module)
+        output = forward(*args, **kwargs)
+        outputs[module] += _floating(output)
+        return output
+
+    handlers = {module: functools.partial(capture, module) for module in (*names, adapter.classifier)}
+    presence = probe.presence()
+    try:
+        with torch.enable_grad(), patched_forward(handlers):
+            probe.backbone.train()
+            reseed()
+            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+    except BackboneRunError as error:
+        report.warnings.append(f"a pass in training mode raised {error}")
+        return []
+    finally:
+        probe.backbone.eval()
+    if passes_reentrant((fused.prediction.logits, prediction_of(fused.raw))):
+        named = {**names, adapter.classifier: spec.classifier}
+        report.problems.append(reentrant_problem(list(dict.fromkeys(named[module] for module in without_grad))))
+        return []
+    return [
+        name
+        for module, name in names.items()
+        if any(parameter.requires_grad for parameter in module.parameters())
+        and outputs[module]
+        and not any(leaf.requires_grad for leaf in outputs[module])
+    ]
+
+
+def check_training(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
+    """Run a fused pass and a student in training mode with gradient; ``spec`` says how students are run."""
+    adapter, presence = probe.bind(spec), probe.presence()
+    try:
+        with torch.enable_grad():
+            probe.backbone.train()
+            reseed()
+            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+            if not _trained(probe):
+                report.warnings.append("no parameter requires gradient: there is nothing to train")
+            elif spec.students != "heads":
+                student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0]))
+    except BackboneRunError as error:
+        report.warnings.append(f"a pass in training mode raised {error}")
+    except PassionError as error:
+        report.problems.append(f"in training mode: {error}")
+    finally:
+        probe.backbone.eval()
+
+
+def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
+    """Warn of buffers that the backward of a student changes in training mode.
+
+    A student moves no buffer while it runs forward. What is checkpointed runs again in backward.
+    """
+    if spec.students == "heads":
+        return
+    adapter, presence = probe.bind(spec), probe.presence()
+    with _training_mode(probe.backbone, _restored_buffers):
+        try:
+            reseed()
+            # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
+            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+            with torch.enable_grad():
+                student = student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0])).logits
+            if not student.requires_grad:
+                return
+            before = _copied_buffers(probe.backbone)
+            _backward([student], _trained(probe))
+        except PassionError:  # check_training() has said so
+            return
+        moved = _changed_buffers(probe.backbone, before)
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in moved))
+    if layers:
+        text = (
+            f"buffers of {quoted(layers)} (running statistics?) change in the backward of students too: activation "
+            f"checkpointing runs these layers again there. Single modalities then move the statistics that are used "
+            f"at test time. Keep these layers out of what is checkpointed, or use normalisation without running "
+            f"statistics"
+        )
+        report.warnings.append(text)
+        report.emitted.append(text)
+
+
+def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
+    """Return the largest relative difference between the gradient of a student and that of a true run.
+
+    Equal outputs are not enough: a checkpointed encoder runs again in backward, when nothing is replayed any
+    more. Training mode decides, since networks may checkpoint in training only; evaluation mode does where students
+    and true runs differ in training for another reason, such as noise.
+    """
+    with _training_mode(probe.backbone):
+        differences: list[float | None] = _gradient_differences(probe, spec) if _runs(probe, spec) else [None]
+    if None in differences:
+        differences = _gradient_differences(probe, spec)
+    return max([0.0, *(math.inf if found is None else found for found in differences)])
+
+
+def student_mode_difference(probe: Probe, spec: BackboneSpec, changed: BackboneSpec) -> float:
+    """Return the relative difference between the gradients of true runs with two specs in training mode.
+
+    A checkpointed decoder runs again in backward, when the student mode is over.
+    """
+    presence, student_input = probe.presence(), _whole_batch(probe, probe.modalities[0])
+    with _training_mode(probe.backbone):
+        if not _runs(probe, spec):
+            return 0.0
+        with torch.enable_grad():
+            reference, student = (true_student(probe, how, presence, student_input).logits for how in (spec, changed))
+            return _gradient_apart(probe, student, reference, _trained(probe)) or 0.0
+
+
+def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
+    """Return the largest relative difference that skipping the encoders of missing modalities makes.
+
+    Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards (statistics
+    of batch normalisation may follow what a skipped encoder would output) and, for ``"absent"``, the gradient of all
+    parameters. Where encoders run on fewer rows, rounding flips activations near zero and gradients with them.
+
+    Args:
+        probe: the backbone.
+        spec: with encoders.
+        skip: ``"absent"``: one half of the modalities is missing in all rows, then the other. ``"rows"``: another
+            one in each row.
+    """
+    adapter = probe.bind(spec)
+    worst = 0.0
+    columns = torch.arange(len(probe.modalities)).expand(probe.batch, -1)
+    first_half = columns < len(probe.modalities) // 2
+    one_each = columns != torch.arange(probe.batch)[:, None] % len(probe.modalities)
+    for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
+        results = []
+        for how in ("no", skip):
+            with torch.enable_grad(), _training_mode(probe.backbone):
+                reseed()
+                fused = fused_pass(adapter, probe.arguments(probe.images(), table), table, skip=how)
+                outputs = _floating(fused.raw)
+                results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
+                with_grad = [leaf for leaf in outputs if leaf.requires_grad]
+                if skip == "absent" and with_grad:
+                    results[-1].append(_gradient(probe, with_grad, _trained(probe)))
+        # A buffer may hold infinities, which have no difference.
+        changed = [pair for pair in zip(*results, strict=True) if not torch.equal(*pair)]
+        worst = max([worst, *(relative_difference(skipped, full) for full, skipped in changed)])
+    return worst
+
+
 @contextmanager
-def _training_mode(backbone: nn.Module) -> Iterator[None]:
-    """Training mode, but for dropout layers, whose noise would hide other differences, and with buffers at rest."""
+def _training_mode(
+    backbone: nn.Module, keeping: Callable[[nn.Module], AbstractContextManager[None]] = preserved_buffers
+) -> Iterator[None]:
+    """Training mode, but for dropout layers, whose noise would hide other differences; buffers are kept."""
     backbone.train()
     try:
         for layer in dropout_layers(backbone):
             layer.eval()
-        with preserved_buffers(backbone):
+        with keeping(backbone):
             yield
     finally:
         backbone.eval()
+
+
+@contextmanager
+def _restored_buffers(backbone: nn.Module) -> Iterator[None]:
+    """Let buffers move, which batch normalisation prevents under :func:`preserved_buffers`; put them back on exit."""
+    before = _copied_buffers(backbone)
+    try:
+        yield
+    finally:
+        buffers = dict(backbone.named_buffers())
+        with torch.no_grad():
+            for name in _changed_buffers(backbone, before):
+                buffers[name].copy_(before[name])
+
+
+def _copied_buffers(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+
+
+def _changed_buffers(backbone: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, buffer in backbone.named_buffers() if not same_values(buffer, before.get(name, buffer))]
 
 
 def _whole_batch(probe: Probe, modality: str) -> StudentInput:
     return StudentInput((modality,), torch.arange(probe.batch))
 
 
+def _trained(probe: Probe) -> list[nn.Parameter]:
+    return [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def _runs(probe: Probe, spec: BackboneSpec) -> bool:
-    """Whether a true run goes through in the mode that the backbone is in."""
+    """Whether a true run works in the mode that the backbone is in."""
     try:
         true_student(probe, spec, probe.presence(), _whole_batch(probe, probe.modalities[0]))
-    except Exception:
+    except PassionError:
         return False
     return True
 
@@ -302,7 +299,7 @@ def _runs(probe: Probe, spec: BackboneSpec) -> bool:
 def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None]:
     """Compare the students of all modalities with true runs, in the mode that the backbone is in.
 
-    Students run on the whole batch, on which recorded features are the same bit for bit: rounding that depends on the
+    Students run on the whole batch, on which captured features are the same bit for bit: rounding that depends on the
     batch size flips activations near zero, and gradients with them.
     """
     adapter = probe.bind(spec)
@@ -320,11 +317,7 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
             keep = spec.students in ("replay", "mixed")
             fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence, keep_rng_state=keep)
         for modality in probe.modalities:
-            parameters = [
-                parameter
-                for parameter in probe.backbone.parameters()
-                if parameter.requires_grad and owners.get(id(parameter), modality) == modality
-            ]
+            parameters = [p for p in _trained(probe) if owners.get(id(p), modality) == modality]
             student_input = _whole_batch(probe, modality)
             reference = true_student(probe, spec, presence, student_input).logits
             if not parameters or not reference.requires_grad:
@@ -337,25 +330,25 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
 
 def _gradient_apart(probe: Probe, student: Tensor, reference: Tensor, parameters: Sequence[Tensor]) -> float | None:
     """Return the relative difference of two gradients, or None where the outputs are not equal to begin with."""
-    wanted, got = (_gradient(probe, _projected(output), parameters) for output in (reference, student))
-    if relative_difference(student.detach(), reference.detach()) > equality_tolerance(reference):
+    wanted, got = (_gradient(probe, [output], parameters) for output in (reference, student))
+    if relative_difference(student.detach(), reference.detach()) > equality_tolerance(reference.dtype):
         return None
     return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def _projected(output: Tensor) -> Tensor:
-    """A number with a gradient in every entry, the same weights for the same shape."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return (output * weights).sum()
-
-
-def _gradient(probe: Probe, total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    # What is checkpointed runs again here: on the buffers that it met before.
+def _gradient(probe: Probe, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of a random projection as one vector; what is checkpointed runs again and moves no buffer."""
     with preserved_buffers(probe.backbone):
-        found = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
-    flat = [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
-    ]
-    return torch.cat([gradient.flatten().double() for gradient in flat])
+        return _backward(outputs, parameters)
+
+
+def _backward(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    parts = []
+    with torch.enable_grad():
+        for output in outputs:
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+            parts.append((output * weights).sum())
+    with backbone_errors():
+        found = torch.autograd.grad(parts, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten().double() for gradient in found])

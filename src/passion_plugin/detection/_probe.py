@@ -1,9 +1,13 @@
-"""Asking a backbone questions: one call, repeated with other images, other masks, other rows."""
+"""Run a backbone on noise: one call as template, repeated with other images, other masks, other rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from passion_plugin.backbone import (
     MaskCodec,
     OutputCapture,
     batch_size,
-    blank,
+    check_images,
     codec_for,
     encoded_like,
     first_image,
@@ -31,23 +35,52 @@ from passion_plugin.backbone import (
     split,
     vector_hint,
 )
-from passion_plugin.detection._sandbox import reseed
+from passion_plugin.detection._convention import CallConvention
+from passion_plugin.detection._sandbox import preserved_modes, reseed
+from passion_plugin.errors import BackboneError, PassionError, short
 
-__all__ = ["CallConvention", "Probe", "relative_difference"]
+__all__ = [
+    "EFFECT",
+    "BackboneRunError",
+    "Probe",
+    "backbone_errors",
+    "equality_tolerance",
+    "reason_of",
+    "relative_difference",
+]
+
+EFFECT = 1e-5
+"""Relative change of the prediction from which on content or a mask counts as having an effect."""
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
-@dataclass(frozen=True)
-class CallConvention:
-    """The part of a spec that says how the backbone is called: needed before there is a spec."""
+class BackboneRunError(BackboneError):
+    """The backbone, or a function of its user that is called with it, raised; that exception is the cause."""
 
-    input_argument: int | str | Sequence[int | str] = 0
-    mask_argument: int | str | None = 1
-    mask_format: str | MaskCodec = "bool"
-    mask_meaning: str = "present"
-    mask_columns: Sequence[str] | None = None
-    fill_missing: Callable[[Any, Tensor], Any] | None = None
-    forward_fn: Callable[[nn.Module, Any, Tensor], Any] | None = None
-    student_kwargs: Mapping[str, Any] | None = None
+
+@contextmanager
+def backbone_errors() -> Iterator[None]:
+    """Turn what the backbone raises into :class:`BackboneRunError`.
+
+    Around nothing but calls of the backbone: a failing run is an answer ("no batch of one"), a bug of this library
+    is none and must surface. For the same reason an error that our handlers of a module raise stays what it is.
+    """
+    try:
+        yield
+    except PassionError:
+        raise
+    except Exception as error:
+        frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        handled = any(code.co_name == "_handle" and code.co_filename.startswith(_PACKAGE) for code in frames)
+        if handled and frames[-1].co_filename.startswith(_PACKAGE):
+            raise
+        raise BackboneRunError(short(error)) from error
+
+
+def reason_of(error: PassionError) -> str:
+    """Return class and message of the exception that made a run fail, on one line."""
+    return str(error) if isinstance(error, BackboneRunError) else short(error)
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:
@@ -63,6 +96,11 @@ def relative_difference(value: Tensor, reference: Tensor) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
+def equality_tolerance(dtype: torch.dtype) -> float:
+    """Return the relative difference up to which two ways to compute a tensor of this type count as equal."""
+    return max(1e-3, 16 * torch.finfo(dtype).eps)
+
+
 class Probe:
     """A backbone with one call of it as template, run on noise from the same random state every time.
 
@@ -73,10 +111,12 @@ class Probe:
         call: arguments of a call as its user makes it.
         modalities: names.
         convention: how it is called.
-        through_call: the template is no call of the backbone but ``(images, bool mask)``, for the user's own
-            ``convention.forward_fn``.
+        through_call: the template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``.
         classifier: name of the module that gives the prediction, where it is known; otherwise the prediction is what
             looks like one in what the backbone returns.
+
+    Raises:
+        InputError: the template holds no image for each modality.
     """
 
     def __init__(
@@ -89,29 +129,26 @@ class Probe:
         through_call: bool = False,
         classifier: str | None = None,
     ) -> None:
+        if through_call:
+            convention = CallConvention(fill_missing=convention.fill_missing, forward_fn=convention.forward_fn)
         self.backbone = backbone
-        # A name that does not fit is reported where the spec is adapter.
+        # A name that does not fit is reported where the spec meets its backbone.
         self.classifier = None if classifier is None else resolve_module(backbone, classifier)[0]
         self.modalities = tuple(modalities)
-        self.convention = convention
         self.through_call = through_call
         self._call = call
         keys = convention.input_argument
         self._several = not isinstance(keys, (int, str))
-        listed = (keys,) if isinstance(keys, (int, str)) else keys
-        self._inputs = [locate_argument(backbone, key) for key in listed]
+        self._inputs = [locate_argument(backbone, key) for key in ((keys,) if isinstance(keys, (int, str)) else keys)]
         mask = convention.mask_argument
         self._mask: Argument | None = None if mask is None else locate_argument(backbone, mask)
         self._whole = () if self._mask is None else (self._mask,)
-        self.codec = self._codec()
-        self._size = batch_size(self.example, self.modalities)
-        self.index = torch.arange(min(self._size, 2))
-        self._contents = self._noise(1), self._noise(2)
-
-    @property
-    def example(self) -> Any:
-        """The images of the template call."""
-        return self._images(self._call)
+        self.set_convention(convention)
+        example = self._images(call)
+        if convention.fill_missing is None:
+            check_images(example, self.modalities)
+        self._size = batch_size(example, self.modalities)
+        self.resize(min(self._size, 2))
 
     @property
     def batch(self) -> int:
@@ -125,8 +162,11 @@ class Probe:
 
     def set_convention(self, convention: CallConvention) -> None:
         """Call the backbone in another way from now on."""
-        self.convention = convention
-        self.codec = self._codec()
+        convention = self.convention = replace(convention, **_guarded(convention))
+        codec = convention.mask_format
+        if not isinstance(codec, MaskCodec):
+            codec = codec_for(codec, convention.mask_meaning, convention.mask_columns, self.modalities)
+        self.codec = codec
 
     def presence(self, *modalities: int) -> Tensor:
         """Return a mask (B, M) in which the modalities with these numbers are present; all by default."""
@@ -143,7 +183,7 @@ class Probe:
             pairs = zip(split(base, self.modalities), split(other, self.modalities), strict=True)
             parts = [(new if m in changed else old).clone() for m, (old, new) in enumerate(pairs)]
             return join(parts, base, self.modalities)
-        # The user's own idea of "absent" also says which entries belong to a modality: those it changes.
+        # Which entries belong to a modality is what the user's function changes where it is missing.
         keep = self.presence()
         keep[:, list(changed)] = False
         hidden = self.convention.fill_missing(tree_map(_copied, base), keep)
@@ -159,59 +199,64 @@ class Probe:
 
         return tree_map(second, *self._contents)
 
-    def blanked(self, x: Any, keep: Tensor) -> Any:
-        """Return images without what is not kept."""
-        absent = self.convention.fill_missing
-        return absent(x, keep) if absent and not bool(keep.all()) else blank(x, keep, self.modalities)
-
-    def arguments(self, x: Any, keep: Tensor, rows: Tensor | None = None) -> BackboneCall:
-        """Return the call as a user would make it, for some rows of ``x`` and ``keep``."""
-        index = self.index if rows is None else self.index[rows]
-        call = self._call.rows(index, self._size, whole=self._whole)
-        if rows is not None:
-            x, keep = BackboneCall((x,), {}).rows(rows, self.batch).args[0], keep[rows]
+    def arguments(self, x: Any, keep: Tensor) -> BackboneCall:
+        """Return the call as a user would make it."""
+        call = self._call.rows(self.index, self._size, whole=self._whole)
         for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
             call = call.replaced(argument, value)
         if self._mask is not None:
             call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(self._device(x))))
         return call
 
-    def run(
-        self,
-        x: Any,
-        keep: Tensor,
-        *,
-        rows: Tensor | None = None,
-        handlers: Mapping[nn.Module, Handler] | None = None,
-        seed: int = 0,
-    ) -> Any:
-        """Run the backbone on unblanked images, from a fixed random state; return its raw output."""
-        call = self.arguments(x, keep, rows)
+    def run(self, x: Any, keep: Tensor, *, handlers: Mapping[nn.Module, Handler] | None = None, seed: int = 0) -> Any:
+        """Run the backbone on unblanked images, from a fixed random state; return its raw output.
+
+        Raises:
+            BackboneRunError: the backbone raised.
+        """
+        call = self.arguments(x, keep)
         reseed(seed)
-        with patched_forward(handlers or {}):
+        with patched_forward(handlers or {}), backbone_errors():
             if self.convention.forward_fn is not None:
-                keep = keep if rows is None else keep[rows]
-                images = self._images(call)
-                return self.convention.forward_fn(self.backbone, images, keep.to(self._device(images)))
+                return self.convention.forward_fn(self.backbone, self._images(call), keep.to(self._device(x)))
             return self.backbone(*call.args, **call.kwargs)
 
-    def predict(self, x: Any, keep: Tensor, *, rows: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Like :meth:`run`, and return the prediction: the output of the classifier, where that is known."""
+    def outputs(self, x: Any, keep: Tensor, *, seed: int = 0) -> tuple[Any, Tensor]:
+        """Like :meth:`run`, and return the prediction too: the output of the classifier, where that is known.
+
+        Raises:
+            BackboneError: the prediction does not have the rows of the batch.
+        """
         if self.classifier is None:
-            return prediction_of(self.run(x, keep, rows=rows, seed=seed))
-        tap = OutputCapture(self.classifier)
-        self.run(x, keep, rows=rows, seed=seed, handlers={self.backbone.get_submodule(self.classifier): tap})
-        return tap.result()[1]
+            raw = self.run(x, keep, seed=seed)
+            prediction = prediction_of(raw)
+        else:
+            capture = OutputCapture(self.classifier)
+            handlers = {self.backbone.get_submodule(self.classifier): capture}
+            raw = self.run(x, keep, seed=seed, handlers=handlers)
+            prediction = capture.result()[1]
+        if len(prediction) != self.batch or 0 in prediction.shape:
+            raise BackboneError(f"the prediction of a batch of {self.batch} has shape {tuple(prediction.shape)}")
+        return raw, prediction
+
+    def predict(self, x: Any, keep: Tensor, *, seed: int = 0) -> Tensor:
+        """Like :meth:`outputs`, without the raw output."""
+        return self.outputs(x, keep, seed=seed)[1]
+
+    def initialize(self) -> None:
+        """Run the template as it is, in evaluation mode: modules that have no parameters yet get them."""
+        with preserved_modes(self.backbone), torch.no_grad(), backbone_errors():
+            if self.through_call and self.convention.forward_fn is not None:
+                self.convention.forward_fn(self.backbone, *self._call.args)
+            else:
+                self.backbone(*self._call.args, **self._call.kwargs)
 
     def bind(self, spec: BackboneSpec) -> BackboneAdapter:
-        """Return the backbone adapter to a spec, to be called like the template."""
-        if not self.through_call:
-            return BackboneAdapter(self.backbone, spec, self.modalities)
-        template = {"input_argument": 0, "mask_argument": 1, "mask_format": "bool"}
-        spec = spec.replaced(
-            **template, mask_meaning="present", mask_columns=None, forward_fn=self.convention.forward_fn
-        )
-        return _ThroughCall(self.backbone, spec, self.modalities)
+        """Return an adapter of the backbone to a spec, to be called like the template."""
+        if self.through_call:
+            how = CallConvention(fill_missing=spec.fill_missing, forward_fn=self.convention.forward_fn)
+            spec = spec.replaced(**vars(how))
+        return _ProbeAdapter(self.backbone, spec.replaced(**_guarded(spec)), self.modalities, self.through_call)
 
     def vector_hint(self) -> str:
         """Say which arguments of the template may have been left too long, if any."""
@@ -224,12 +269,6 @@ class Probe:
     def _device(self, x: Any) -> torch.device:
         first = first_image(x, self.modalities)
         return torch.device("cpu") if first is None else first.device
-
-    def _codec(self) -> MaskCodec:
-        how = self.convention
-        if isinstance(how.mask_format, MaskCodec):
-            return how.mask_format
-        return codec_for(how.mask_format, how.mask_meaning, how.mask_columns, self.modalities)
 
     def _noise(self, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
@@ -244,20 +283,41 @@ class Probe:
             drawn = torch.randn((self.batch, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
             return (drawn * (spread or 1.0) + mean).to(leaf.device, leaf.dtype)
 
+        example = self._images(self._call)
         if self.convention.fill_missing is not None:
-            return tree_map(noise, self.example)
-        parts = [noise(part) for part in split(self.example, self.modalities)]
+            return tree_map(noise, example)
+        parts = [noise(part) for part in split(example, self.modalities)]
         # What else is in a mapping is kept, for the same rows.
         return join(parts, self._images(self._call.rows(self.index, self._size, whole=self._whole)), self.modalities)
 
 
-class _ThroughCall(BackboneAdapter):
-    """A backbone whose fused pass too goes through the user's ``call``."""
+class _ProbeAdapter(BackboneAdapter):
+    """Turns what the backbone raises into :class:`BackboneRunError`; fused passes may go through ``forward_fn`` too."""
+
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, modalities: Sequence[str], through_call: bool) -> None:
+        super().__init__(backbone, spec, modalities)
+        self._fused = spec.forward_fn if through_call else None
 
     def run(self, call: BackboneCall) -> Any:
-        assert self.spec.forward_fn is not None
-        x, mask = call.args
-        return self.spec.forward_fn(self.backbone, x, mask)
+        with backbone_errors():
+            return super().run(call) if self._fused is None else self._fused(self.backbone, *call.args)
+
+
+def _guarded(how: CallConvention | BackboneSpec) -> dict[str, Any]:
+    """Return the user's functions in a convention or a spec, with :func:`backbone_errors` around them."""
+
+    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any) -> Any:
+            with backbone_errors():
+                return function(*args)
+
+        return guarded
+
+    functions = {"fill_missing": how.fill_missing, "forward_fn": how.forward_fn}
+    found: dict[str, Any] = {name: guard(function) for name, function in functions.items() if function is not None}
+    if isinstance(how.mask_format, MaskCodec):
+        found["mask_format"] = replace(how.mask_format, encode=guard(how.mask_format.encode))
+    return found
 
 
 def _copied(leaf: Any) -> Any:
