@@ -29,8 +29,6 @@ from passion_plugin.backbone._skipping import Layouts
 from passion_plugin.backbone._spec import BackboneSpec
 from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
 
-__all__ = ["BackboneAdapter"]
-
 
 class BackboneAdapter:
     """A backbone and its spec, checked against each other.

@@ -14,20 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from passion_plugin._validate import describe, unreadable
 from passion_plugin.errors import InputError, raise_problems, suggest
 
-__all__ = [
-    "Argument",
-    "BackboneCall",
-    "batch_size",
-    "blank",
-    "channel_share",
-    "check_images",
-    "first_image",
-    "join",
-    "locate_argument",
-    "split",
-    "vector_hint",
-]
-
 
 @dataclass(frozen=True)
 class Argument:

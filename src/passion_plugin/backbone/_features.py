@@ -16,8 +16,6 @@ from passion_plugin.backbone._patching import Handler, get_rng_state, patched_fo
 from passion_plugin.backbone._student_inputs import StudentInput
 from passion_plugin.errors import BackboneError, suggest
 
-__all__ = ["FeatureCache", "OutputCapture", "clone_tensor", "resolve_module"]
-
 _LEAVES = (Tensor, int, float, complex, str, type(None))
 
 

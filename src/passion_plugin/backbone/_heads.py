@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from passion_plugin.backbone._prediction import Prediction
 from passion_plugin.errors import ConfigError, InputError
 
-__all__ = ["UnimodalHead"]
-
 
 class UnimodalHead(nn.Module):
     r"""Predict a segmentation from the features of one encoder.

@@ -13,8 +13,6 @@ from torch import Tensor
 from passion_plugin._validate import unreadable
 from passion_plugin.errors import InputError
 
-__all__ = ["MASK_FORMATS", "MaskCodec", "check_mask", "encoded_like"]
-
 MASK_FORMATS = ("bool", "float", "int", "indices")
 
 

@@ -26,8 +26,6 @@ from passion_plugin.backbone._skipping import skipping
 from passion_plugin.backbone._student_inputs import StudentInput
 from passion_plugin.errors import BackboneError, PassionError, short
 
-__all__ = ["FusedPass", "Skip", "explain_errors", "fused_pass", "passes_reentrant", "reentrant_problem", "student_pass"]
-
 Skip = Literal["no", "absent", "rows"]
 """Where encoders of missing modalities are left out."""
 

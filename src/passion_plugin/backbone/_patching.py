@@ -18,21 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-__all__ = [
-    "CONTAINERS",
-    "Handler",
-    "ModuleState",
-    "get_rng_state",
-    "is_uninitialized",
-    "patched_attributes",
-    "patched_forward",
-    "preserved_buffers",
-    "preserved_rng_state",
-    "restore_containers",
-    "set_rng_state",
-    "untraced",
-]
-
 Handler = Callable[..., Any]
 """``(original_forward, *args, **kwargs) -> output``, what runs in place of a module's forward."""
 
@@ -113,11 +98,14 @@ class ModuleState:
 
     Buffers: a pass works on copies, so that running statistics follow the fused pass only, and so do counters and the
     vectors of spectral norm. Setting the momentum of normalisation layers to zero would not do: 0 × NaN poisons the
-    statistics. Attributes: a KL term, stored features or a counter, and what is in dictionaries, lists and sets among
-    them. Parameters, sub-modules and hooks are left alone, since sharding moves them in a pass, and so are modules
-    that are still lazy; of layers of torch only what somebody adds to them is removed. Tensors in attributes are not copied: what is changed in place belongs in a buffer.
+    statistics.
 
-    Listing the modules takes longer than the rest, so make one for each training step and use it for all its students.
+    Attributes: a KL term, stored features or a counter, and what is in dictionaries, lists and sets among them.
+    Parameters, sub-modules and hooks are left alone, since sharding moves them in a pass, and so are modules that are
+    still lazy. From layers of torch, only what somebody added is removed. Tensors are not copied: what is changed in
+    place belongs in a buffer.
+
+    Listing the modules takes longer than the rest: make one for each training step and use it for all its students.
 
     Args:
         backbone: the network.
@@ -127,7 +115,7 @@ class ModuleState:
     def __init__(self, backbone: nn.Module, *, attributes: bool = True) -> None:
         modules = list(backbone.modules())
         # Batch normalisation of torch writes to its buffers only where it tracks statistics: switching that off is
-        # ten times cheaper than copies, and changes no output in training mode.
+        # cheaper than copies, and changes no output in training mode.
         self._tracking = [vars(m) for m in modules if _is_batch_norm(m) and m.training and m.track_running_stats]
         self._buffers = [m._buffers for m in modules if m._buffers and not _is_batch_norm(m)]
         own = [m for m in modules if not (isinstance(m, LazyModuleMixin) and is_uninitialized(m))] if attributes else []

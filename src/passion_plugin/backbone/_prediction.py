@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from passion_plugin.errors import BackboneError
 
-__all__ = ["Prediction", "maps_in", "prediction_of", "rival_predictions"]
-
 PREDICTION_KEYS = ("logits", "out", "seg", "pred", "prediction", "output")
 """Where a network that returns a dictionary is expected to keep its prediction."""
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from passion_plugin.backbone._spec import BackboneSpec
 from passion_plugin.errors import ConfigError, suggest
 
-__all__ = ["PRESETS", "Preset", "find_preset", "preset"]
-
 _BRATS = ("flair", "t1ce", "t1", "t2")
 
 _ALIASES = {

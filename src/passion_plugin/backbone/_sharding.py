@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["has_collective_forward", "is_distributed", "is_sharded"]
-
 # Where FSDPModule is: the second one up to PyTorch 2.5.
 _FULLY_SHARD = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
 

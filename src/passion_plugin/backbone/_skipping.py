@@ -14,8 +14,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from passion_plugin.backbone._patching import Handler
 from passion_plugin.errors import BackboneError
 
-__all__ = ["Layouts", "skipping", "zero_with_graph"]
-
 _MOST_LAYOUTS = 256
 
 
@@ -36,7 +34,7 @@ class _TensorMeta:
 
 
 Layouts = dict[tuple[Any, ...], tuple[list[Any], TreeSpec]]
-"""Shapes of what encoders return, by encoder and shapes of its arguments; filled by the handlers of :func:`skipping`."""
+"""Shapes of what encoders return, by encoder and shapes of its arguments; handlers of :func:`skipping` fill it."""
 
 
 def skipping(

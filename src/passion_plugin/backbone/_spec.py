@@ -17,8 +17,6 @@ from passion_plugin.errors import raise_problems
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BackboneSpec", "Outputs", "StudentMode"]
-
 
 def _is_argument(value: Any) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)

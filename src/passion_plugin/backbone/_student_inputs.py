@@ -12,8 +12,6 @@ from torch import Tensor
 from passion_plugin.data import drop_modalities
 from passion_plugin.errors import UsageError
 
-__all__ = ["StudentInput", "active_students", "random_subsets", "with_dummy_students"]
-
 
 @dataclass(frozen=True)
 class StudentInput:

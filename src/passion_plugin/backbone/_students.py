@@ -19,12 +19,6 @@ from passion_plugin.backbone._student_inputs import StudentInput
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError, UsageError
 
-__all__ = [
-    "Student",
-    "concatenate_students",
-    "run_students",
-]
-
 
 @dataclass(frozen=True)
 class Student:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from passion_plugin.errors import ConfigError, shortlist
 
-__all__ = ["read_rows"]
-
 
 def read_rows(
     path: str | os.PathLike[str],

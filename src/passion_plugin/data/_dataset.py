@@ -18,8 +18,6 @@ from passion_plugin.data._presence import PresenceTable
 from passion_plugin.data._subsets import all_subsets, subset_mask
 from passion_plugin.errors import ConfigError, InputError, raise_problems, shortlist, suggest
 
-__all__ = ["EvenSubsets", "IncompleteDataset", "blank_missing"]
-
 Fill = Literal["zeros", "nan"]
 
 Visible = Tensor | NDArray[np.bool_]

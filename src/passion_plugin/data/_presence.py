@@ -18,8 +18,6 @@ from passion_plugin._validate import as_tuple, is_int, is_number, modality_probl
 from passion_plugin.data._csv import read_rows
 from passion_plugin.errors import ConfigError, raise_problems, shortlist, suggest
 
-__all__ = ["PresenceTable", "draw_presence"]
-
 _TITLE = "passion-plugin presence table 1"
 
 _MOST_SAMPLES = 10_000_000  # whose ids are made up: more would be a mistake, and fill the memory

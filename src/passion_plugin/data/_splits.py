@@ -14,8 +14,6 @@ from passion_plugin.data._csv import read_rows
 from passion_plugin.data._presence import PresenceTable
 from passion_plugin.errors import ConfigError, raise_problems, shortlist
 
-__all__ = ["read_split_csv", "write_split_csv"]
-
 _HEADER = ["data_name", "mask_id", "mask", "pos_mask_ids"]
 
 # Columns that are present, for mask ids 0 to 14 of the published files.

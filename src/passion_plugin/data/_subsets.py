@@ -13,8 +13,6 @@ from torch import Tensor
 from passion_plugin._validate import as_tuple, describe, is_one_of, modality_problems
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
 
-__all__ = ["all_subsets", "drop_modalities", "parse_subset", "subset_mask", "subset_name"]
-
 UniformOver = Literal["subsets", "sizes"]
 
 _MOST_MODALITIES = 16  # 65,535 subsets

@@ -17,8 +17,6 @@ from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_
 from passion_plugin.evaluation._metrics import BRATS_PENALTY, Scorer
 from passion_plugin.evaluation._results import STATUS, Row, SubsetResults
 
-__all__ = ["Predict", "call_model", "evaluate_subsets", "sliding_window_predict"]
-
 Predict: TypeAlias = Callable[[Any, Any, Tensor], Tensor]
 """``predict(model, x, mask)`` -> scores (B, K, *spatial); ``mask`` is bool (B, M), True = present."""
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from passion_plugin.errors import ConfigError, InputError, raise_problems, require, warn_user
 from passion_plugin.evaluation._results import Convention
 
-__all__ = ["BRATS_PENALTY", "BRATS_REGIONS", "Scorer", "dice_scores", "hd95_scores", "region_masks"]
-
 BRATS_REGIONS: Mapping[str, tuple[int, ...]] = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 """Whole tumour, tumour core and enhancing tumour as sets of labels.
 

@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from passion_plugin.phantom._contrast import TISSUES
 
-__all__ = ["draw_anatomy", "smooth_noise"]
-
 Array = NDArray[np.float64]
 
 

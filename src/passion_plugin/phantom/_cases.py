@@ -13,8 +13,6 @@ from torch.utils.data import Dataset
 from passion_plugin.phantom._anatomy import draw_anatomy, smooth_noise
 from passion_plugin.phantom._contrast import PROTOCOL, TISSUES, Tissue
 
-__all__ = ["CLASSES", "MODALITIES", "PhantomDataset", "make_case", "standardise"]
-
 MODALITIES: tuple[str, ...] = tuple(PROTOCOL)
 """Order of the image channels: flair, t1ce, t1, t2."""
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["PROTOCOL", "TISSUES", "Tissue", "inversion_recovery", "spin_echo", "spoiled_gradient_echo"]
-
 
 @dataclass(frozen=True)
 class Tissue:

@@ -21,19 +21,6 @@ from passion_plugin.training import EpochReport, by_modality, epoch_records
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "best_slice",
-    "draw_case",
-    "draw_grid",
-    "label_legend",
-    "new_figure",
-    "plot_distances",
-    "plot_overlay",
-    "plot_preference",
-    "plot_subsets",
-]
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Colours of Okabe and Ito, which colour-blind readers can tell apart as well."""
 

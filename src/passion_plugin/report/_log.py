@@ -22,8 +22,6 @@ from passion_plugin.errors import ConfigError, InputError, raise_problems, warn_
 from passion_plugin.evaluation import SubsetResults
 from passion_plugin.training import is_of_an_epoch
 
-__all__ = ["Run", "RunLog", "read_run"]
-
 
 class RunLog:
     """Append numbers to ``metrics.jsonl`` in the folder of a run; call it as ``log(model.passion.metrics(), step)``.

@@ -24,8 +24,6 @@ from passion_plugin.training import EPOCH_QUANTITIES, by_modality, epoch_records
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_report"]
-
 # The policy forbids every request, whatever the names in a run are.
 _PAGE = """<!doctype html>
 <html lang="en">

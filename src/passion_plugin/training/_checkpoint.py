@@ -12,8 +12,6 @@ from passion_plugin._validate import describe
 from passion_plugin.errors import ConfigError, raise_problems, warn_user
 from passion_plugin.training._strategy import Strategy
 
-__all__ = ["extra_state", "load_extra_state"]
-
 _VERSION = 1
 _ENTRIES = ("modalities", "strategy", "settings", "strategy_state")
 

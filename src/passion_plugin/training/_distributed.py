@@ -12,8 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from passion_plugin.backbone import is_distributed, is_sharded
 from passion_plugin.errors import UsageError
 
-__all__ = ["all_reduce_sum", "check_heads"]
-
 
 def all_reduce_sum(values: Tensor, what: str) -> Tensor:
     """Add up over all processes; a collective call that every one of them must reach.

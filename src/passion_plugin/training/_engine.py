@@ -39,8 +39,6 @@ from passion_plugin.training._state import state_problems
 from passion_plugin.training._step import TrainingStep
 from passion_plugin.training._strategy import PassionRule, Strategy, check_strategy
 
-__all__ = ["PassionEngine", "attach", "find_engine", "get_passion_state_dict", "set_passion_state_dict"]
-
 
 class PassionEngine(nn.Module):
     """Runs students next to the backbone and turns what they predict into a loss.

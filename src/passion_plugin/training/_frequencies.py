@@ -12,8 +12,6 @@ from torch import Tensor
 from passion_plugin._validate import as_tuple, modality_problems
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 
-__all__ = ["ModalityFrequencies", "values_by_modality"]
-
 
 @dataclass(frozen=True)
 class ModalityFrequencies:

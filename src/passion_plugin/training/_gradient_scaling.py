@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from passion_plugin.errors import UsageError, raise_problems
 
-__all__ = ["EncoderGradientScaling", "check_untied_encoders", "scale_gradient"]
-
 
 class _Scale:
     """Multiplies a gradient by a constant."""

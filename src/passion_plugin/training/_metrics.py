@@ -8,8 +8,6 @@ from typing import Any
 
 from passion_plugin.training._preference import EpochReport
 
-__all__ = ["EPOCH_QUANTITIES", "by_modality", "epoch_metrics", "epoch_records", "flatten", "is_of_an_epoch"]
-
 EPOCH_QUANTITIES = ("beta", "relative_preference", "epoch_distance")
 """What :func:`epoch_metrics` gives for each modality."""
 

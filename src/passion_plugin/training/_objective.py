@@ -18,16 +18,6 @@ from passion_plugin.errors import UsageError
 from passion_plugin.losses import pixel_distillation, prototype_distillation, resize_labels, segmentation_loss
 from passion_plugin.training._gradient_scaling import scale_gradient
 
-__all__ = [
-    "LossTerms",
-    "UnimodalLoss",
-    "collect_terms",
-    "distillation_terms",
-    "ensure_requires_grad",
-    "passion_objective",
-    "unimodal_loss",
-]
-
 UnimodalLoss = Callable[[Tensor, Tensor], Tensor]
 """The user's own loss: logits (n, K, *spatial) and labels (n, *spatial) or masks give their mean or (n,) values."""
 

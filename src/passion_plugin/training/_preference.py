@@ -17,8 +17,6 @@ from passion_plugin.training._distributed import all_reduce_sum
 from passion_plugin.training._frequencies import values_by_modality
 from passion_plugin.training._state import state_problems
 
-__all__ = ["EpochReport", "PreferenceEstimator", "presence_counts_of", "project_beta", "usable_distances"]
-
 
 @dataclass(frozen=True, eq=False)
 class EpochReport:

@@ -10,8 +10,6 @@ from torch.utils._pytree import tree_map
 
 from passion_plugin._validate import describe, is_int, is_number
 
-__all__ = ["cpu_copies", "state_problems"]
-
 
 def cpu_copies(state: Any) -> Any:
     """Return a state with a copy of each tensor on the CPU, which training does not change any more."""

@@ -24,8 +24,6 @@ from passion_plugin.losses import prepare_target
 from passion_plugin.training._objective import LossTerms, UnimodalLoss, collect_terms, unimodal_loss
 from passion_plugin.training._preference import PreferenceEstimator
 
-__all__ = ["TrainingStep"]
-
 
 @dataclass(frozen=True)
 class TrainingStep:

@@ -23,8 +23,6 @@ from passion_plugin.training._preference import EpochReport, PreferenceEstimator
 from passion_plugin.training._state import cpu_copies, state_problems
 from passion_plugin.training._step import TrainingStep
 
-__all__ = ["PassionRule", "Plain", "Strategy", "check_strategy"]
-
 
 class Strategy:
     """A balancing rule in addition to the user's own loss; subclass it and pass an object as ``strategy=``.
