@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
+from passion_plugin.losses._common import class_masks, compute_dtype, no_autocast
 
 __all__ = ["balanced_divergence", "gated_gaps"]
 
@@ -22,8 +22,8 @@ def balanced_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temper
     """
     classes = student.shape[1]
     masks = class_masks(labels, classes, student.ndim)
-    sizes, dtype = masks.sum(-1), wide_dtype(student, teacher)
-    with outside_autocast(student):
+    sizes, dtype = masks.sum(-1), compute_dtype(student, teacher)
+    with no_autocast(student):
         log_s, log_t = ((z.flatten(2).to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1, keepdim=True)
     means = torch.where(masks, divergence, 0).sum(-1) / sizes.clamp(min=1)

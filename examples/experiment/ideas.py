@@ -24,9 +24,9 @@ from passion_plugin.backbone._prediction import Prediction
 from passion_plugin.backbone._students import StudentInput
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems
-from passion_plugin.losses._common import class_masks, outside_autocast, wide_dtype
+from passion_plugin.losses._common import class_masks, compute_dtype, no_autocast
 from passion_plugin.losses._labels import resize_labels
-from passion_plugin.losses._prototype_op import similarity_maps
+from passion_plugin.losses._prototype import similarity_maps
 from passion_plugin.training import LossTerms, PassionRule
 from passion_plugin.training._frequencies import ModalityFrequencies
 from passion_plugin.training._objective import UnimodalLoss
@@ -163,7 +163,7 @@ class PassionVariation(PassionRule):
         """K (B, M)."""
         logits = step.teacher.logits
         labels = resize_labels(labels, tuple(logits.shape[2:]))
-        result = logits.new_zeros(step.presence.shape, dtype=wide_dtype(logits))
+        result = logits.new_zeros(step.presence.shape, dtype=compute_dtype(logits))
         for student in step.students:
             rows = student.rows.to(logits.device)
             values = balanced_divergence(student.prediction.logits, logits[rows], labels[rows], self.config.temperature)
@@ -175,8 +175,8 @@ class PassionVariation(PassionRule):
         features, classes = step.teacher.features, step.teacher.logits.shape[1]
         labels = resize_labels(labels, tuple(features.shape[2:]))
         masks = class_masks(labels, classes, features.ndim)
-        dtype = wide_dtype(features)
-        with outside_autocast(features):
+        dtype = compute_dtype(features)
+        with no_autocast(features):
             maps = similarity_maps(features.to(dtype), masks)
             gaps = maps.new_zeros(len(masks), len(self.modalities), *maps.shape[1:])
             for student in step.students:

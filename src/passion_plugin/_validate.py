@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def check_labels(
     reference: Tensor,
     num_classes: int,
     *,
-    kind: Literal["classes", "regions", "either"],
+    kind: str,
     values: bool = True,
     ignore_index: object = None,
     advice: str = "pass ignore_index for voxels that belong to none",
@@ -203,7 +203,7 @@ def check_labels(
         labels: the argument.
         reference: logits or features, already checked, whose batch, space and device the labels must share.
         num_classes: K.
-        kind: which of the two layouts is allowed.
+        kind: which layouts are allowed: ``"classes"``, ``"regions"`` or ``"either"``.
         values: whether to read the values, which waits for the device; never done while ``torch.compile`` traces.
         ignore_index: value that is always allowed; must be an integer or None.
         advice: what to do about voxels that belong to no class.

@@ -17,7 +17,7 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.losses import pixel_distillation, prototype_distillation, segmentation_loss
 from passion_plugin.losses._common import class_masks
-from passion_plugin.losses._prototype_op import similarity_maps
+from passion_plugin.losses._prototype import similarity_maps
 from passion_plugin.training import LossTerms
 from passion_plugin.wrapper import PassionWrapper
 

@@ -50,21 +50,16 @@ def flatten_voxels(maps: Tensor) -> Tensor:
     return rearrange(maps, "b c ... -> b c (...)")
 
 
-def flatten_labels(labels: Tensor, ndim: int) -> Tensor:
-    """Class numbers (B, *spatial) to (B, V), or masks to (B, K, V) where they have the ``ndim`` axes of the maps."""
-    return flatten_voxels(labels) if labels.ndim == ndim else rearrange(labels, "b ... -> b (...)")
+def flatten_both(maps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps to (B, C, V) and labels to (B, V), or to (B, K, V) where they are masks: have as many axes as the maps."""
+    flat = flatten_voxels(labels) if labels.ndim == maps.ndim else rearrange(labels, "b ... -> b (...)")
+    return flatten_voxels(maps), flat
 
 
 def class_masks(labels: Tensor, num_classes: int, ndim: int) -> Tensor:
-    """``Y[b, k, v]``: which voxels belong to class or region k.
+    """Which voxels belong to class or region k: bool (B, K, V), a quarter of the float32 logits.
 
-    Args:
-        labels: class numbers (B, *spatial), or masks (B, K, *spatial).
-        num_classes: K.
-        ndim: number of axes of the logits or features, by which class numbers are told from masks.
-
-    Returns:
-        bool (B, K, V), a quarter of the float32 logits.
+    Labels are class numbers (B, *spatial), or masks (B, K, *spatial) if they have the ``ndim`` axes of the maps.
 
     Example:
         >>> class_masks(torch.tensor([[[0, 1]]]), 2, ndim=4).int()
@@ -95,15 +90,15 @@ def exp_(log: Tensor) -> Tensor:
 def register_gradient(
     op: Any, gradient_op: Any, definition: Callable[..., Any], *, tensors: int, losses: int = 1, kept: int = 1
 ) -> None:
-    """Give a custom operator its derivative by its first argument, of which the operator keeps nothing but the input.
+    """Give a custom operator its derivative by its first argument, for which it keeps its inputs and small outputs.
 
     Args:
-        op: takes ``tensors`` tensors and settings, the last of which is the backend.
-        gradient_op: computes the gradient from the upstream gradients, the tensors, the kept outputs and the settings.
-        definition: the same losses by PyTorch, differentiated where a second derivative may follow.
+        op: takes ``tensors`` tensors, then settings, the last of which is the backend.
+        gradient_op: takes the upstream gradients, the tensors, the kept outputs and the settings.
+        definition: the same losses in PyTorch, differentiated where a second derivative may follow.
         tensors: number of tensors that ``op`` takes.
         losses: number of outputs, the first ones, that have a gradient.
-        kept: number of the first output that backward gets.
+        kept: index of the first output to keep.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -138,16 +133,12 @@ def voxel_chunks(voxels: int, channels: int, times: int = 1) -> Iterator[slice]:
 
 
 def use_triton(backend: str, *tensors: Tensor) -> bool:
-    """Decide between the Triton kernels and the eager code.
+    """Decide between the Triton kernels and the eager code for tensors on one device.
 
-    Args:
-        backend: ``"auto"``: Triton for CUDA tensors in half or single precision where triton is installed, else
-            eager. ``"eager"``: never Triton. ``"triton"``: Triton or an error.
-        *tensors: the maps, all on one device.
+    ``"auto"`` takes Triton, where installed, for CUDA tensors in half or single precision.
 
     Raises:
-        ConfigError: ``"triton"`` is impossible: triton is not installed, or a tensor is in double precision, or not on
-            a CUDA device (and Triton's interpreter is off).
+        ConfigError: ``"triton"`` is asked for and cannot be had. Its interpreter also runs on the CPU.
     """
     if backend == "eager":
         return False

@@ -97,17 +97,10 @@ def pixel_distillation(
 def plain_pixel_distillation(
     student: Tensor, teacher: Tensor, temperature: float, kind: str, scale_factor: int
 ) -> Tensor:
-    """The definition of the operator, which autograd can differentiate any number of times.
+    """The definition, which autograd can differentiate any number of times.
 
-    Args:
-        student: logits (B, K, *spatial).
-        teacher: logits of the same shape. Detached.
-        temperature: T.
-        kind: ``"softmax"``, ``"sigmoid"``, or ``"clamped"``: softmax, up-sampled, then clamped to [0.005, 1].
-        scale_factor: of the up-sampling; above 1 for ``"clamped"`` only.
-
-    Returns:
-        (B,) in float32, or in float64 if an input is.
+    Takes and returns what :func:`pixel_distillation` does. ``kind`` is ``"softmax"``, ``"sigmoid"``, or ``"clamped"``:
+    softmax, up-sampled by ``scale_factor`` (1 for the others), then clamped to [0.005, 1].
     """
     dtype = common.compute_dtype(student, teacher)
     a_s, a_t = student.to(dtype) / temperature, teacher.detach().to(dtype) / temperature

@@ -106,16 +106,7 @@ def plain_prototype_distillation(
 ) -> tuple[Tensor, Tensor]:
     """The definition, with maps in memory, which autograd can differentiate any number of times.
 
-    Args:
-        student: features (B, Cs, *spatial).
-        teacher: features (B, Ct, *spatial). Detached.
-        labels: class numbers (B, *spatial) or masks (B, K, *spatial).
-        num_classes: K.
-        official: whether a class counts only if every sample of the batch has it.
-        ignore_index: class number of voxels that count nowhere.
-
-    Returns:
-        P and D, (B,) in float32 or wider; D carries no gradient.
+    Takes and returns what :func:`prototype_distillation` does; ``official``: a class counts if every sample has it.
     """
     dtype = common.compute_dtype(student, teacher)
     masks = common.class_masks(labels, num_classes, student.ndim)
@@ -214,7 +205,8 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 def _flatten(student: Tensor, teacher: Tensor, labels: Tensor) -> Maps:
-    return common.flatten_voxels(student), common.flatten_voxels(teacher), common.flatten_labels(labels, student.ndim)
+    fs, y = common.flatten_both(student, labels)
+    return fs, common.flatten_voxels(teacher), y
 
 
 def _passes(backend: str, student: Tensor, teacher: Tensor) -> tuple[Callable[..., Any], ...]:

@@ -144,24 +144,16 @@ def dice_loss(
     return _losses("dice_loss", logits, labels, mode, outputs, check_values, ignore_index, backend)[1]
 
 
-def _losses(
-    what: str,
-    logits: Tensor,
-    labels: Tensor,
-    mode: Mode,
-    outputs: Outputs,
-    check_values: bool,
-    ignore_index: int | None,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    problems, regions = Problems(what), outputs == "sigmoid"
+def _losses(what: str, logits: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """Check the arguments of ``what`` and compute cross-entropy and Dice loss."""
+    mode, outputs, check_values, ignore_index, backend = settings
+    problems = Problems(what)
     check_outputs(problems, mode, outputs)
     check_choice(problems, "backend", backend, get_args(Backend))
-    if check_map(problems, "logits", logits, minimum=1 if regions else 2):
-        kind = "regions" if regions else "classes"
-        check_labels(
-            problems, labels, logits, logits.shape[1], kind=kind, values=check_values, ignore_index=ignore_index
-        )
+    kind, fewest = ("regions", 1) if outputs == "sigmoid" else ("classes", 2)
+    if check_map(problems, "logits", logits, minimum=fewest):
+        how = {"kind": kind, "values": check_values, "ignore_index": ignore_index}
+        check_labels(problems, labels, logits, logits.shape[1], **how)
     problems.raise_all()
     lowest = common.MIN_PROBABILITY if mode == "official" else 0.0
     entropy, dice, _ = _segmentation_op(logits, labels, lowest, ignore_index, backend)
@@ -171,22 +163,17 @@ def _losses(
 def plain_segmentation(
     logits: Tensor, labels: Tensor, lowest: float, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition of the operator, which autograd can differentiate any number of times.
+    """The definition, which autograd can differentiate any number of times: weighted cross-entropy (B,) and Dice (B,).
 
-    Args:
-        logits: (B, K, *spatial).
-        labels: class numbers (B, *spatial) for a softmax, or masks (B, K, *spatial) of regions for a sigmoid.
-        lowest: bound below which cross-entropy clamps the probability of the true class; 0: no clamp.
-        ignore_index: class number, or value in a mask, of voxels that count nowhere.
-
-    Returns:
-        Weighted cross-entropy (B,) and Dice loss (B,), in float32, or in float64 if the logits are.
+    Class numbers (B, *spatial) ask for a softmax, masks (B, K, *spatial) for a sigmoid. ``lowest`` is the bound below
+    which cross-entropy clamps the probability of the true class; 0: no clamp.
     """
-    z, regions = common.flatten_voxels(logits.to(common.compute_dtype(logits))), labels.ndim == logits.ndim
-    entries = common.flatten_voxels(labels) if regions else rearrange(labels, "b ... -> b 1 (...)")
-    counted = (
-        torch.ones_like(entries, dtype=torch.bool) if ignore_index is None else common.is_counted(entries, ignore_index)
-    )
+    z, y = common.flatten_both(logits.to(common.compute_dtype(logits)), labels)
+    regions = y.ndim == 3
+    entries = y if regions else rearrange(y, "b v -> b 1 v")
+    counted = torch.ones_like(entries, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = common.is_counted(entries, ignore_index)
     masks = common.class_masks(labels, z.shape[1], logits.ndim) & counted
     z = torch.where(counted, z, 0)
     voxels, count = counted.sum(-1, keepdim=True).clamp(min=1), masks.sum(-1, keepdim=True).to(z.dtype)
@@ -212,7 +199,7 @@ def _segmentation_op(
         from passion_plugin.losses.kernels._segmentation import losses_and_sums
 
         return losses_and_sums(logits, labels, lowest, ignore_index)
-    z, y = common.flatten_voxels(logits), common.flatten_labels(labels, logits.ndim)
+    z, y = common.flatten_both(logits, labels)
     sums = z.new_zeros((len(z), 6, z.shape[1]), dtype=common.compute_dtype(z))
     with common.no_autocast(z):
         for part in common.voxel_chunks(z.shape[2], z.shape[0] * z.shape[1]):
@@ -241,17 +228,14 @@ def _segmentation_gradient_op(
         from passion_plugin.losses.kernels._segmentation import gradient
 
         return gradient(to_entropy, to_dice, logits, labels, sums, lowest, ignore_index)
-    z, y, result = (
-        common.flatten_voxels(logits),
-        common.flatten_labels(labels, logits.ndim),
-        common.empty_gradient(logits),
-    )
+    z, y = common.flatten_both(logits, labels)
     voxels, count, overlap, predicted, _, _ = rearrange(sums, "b six k -> six b k 1")
     # By p, where the voxel does not belong to k, and what is added where it does; of -log p, and of -log(1 - p).
     size = predicted + count + common.DICE_EPS
     dice = 2 / z.shape[1] * rearrange(to_dice, "b -> b 1 1") / size
     entropy = rearrange(to_entropy, "b -> b 1 1") / voxels / (z.shape[1] if y.ndim == 3 else 1)
     slopes = (dice * overlap / size, -dice, entropy * ((voxels - count) / voxels), entropy * (count / voxels))
+    result = common.empty_gradient(logits)
     flat = common.flatten_voxels(result)
     with common.no_autocast(z):
         for part in common.voxel_chunks(z.shape[2], z.shape[0] * z.shape[1]):

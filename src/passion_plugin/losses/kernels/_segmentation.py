@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from passion_plugin.losses._common import DICE_EPS, empty_gradient, flatten_labels, flatten_voxels
+from passion_plugin.losses._common import DICE_EPS, empty_gradient, flatten_both, flatten_voxels
 from passion_plugin.losses.kernels import launch, with_strides
 
 _EPS = tl.constexpr(DICE_EPS)
@@ -32,7 +32,7 @@ def losses_and_sums(
     logits: Tensor, labels: Tensor, lowest: float, ignore_index: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy (B,), Dice loss (B,) and the sums (B, 6, K) in float32, as the eager code gives them."""
-    z, y = flatten_voxels(logits), flatten_labels(labels, logits.ndim)
+    z, y = flatten_both(logits, labels)
     batch, classes, voxels = z.shape
     rows, block = _tile_shape(classes)
     blocks = triton.cdiv(voxels, block)
@@ -61,7 +61,7 @@ def gradient(
     ignore_index: int | None,
 ) -> Tensor:
     """Gradient of the logits, in their dtype, as the eager code gives it."""
-    z, y, result = flatten_voxels(logits), flatten_labels(labels, logits.ndim), empty_gradient(logits)
+    (z, y), result = flatten_both(logits, labels), empty_gradient(logits)
     batch, classes, voxels = z.shape
     rows, block = _tile_shape(classes)
     maps = (*with_strides(z), *with_strides(y), *with_strides(flatten_voxels(result)))
