@@ -13,9 +13,9 @@ from benchmarks import naive
 from benchmarks.floor import Work
 from passion_plugin import losses
 from passion_plugin._types import Backend
-from passion_plugin.losses._pixel_op import plain_pixel_distillation
-from passion_plugin.losses._prototype_op import plain_prototype_distillation
-from passion_plugin.losses._segmentation_op import plain_segmentation
+from passion_plugin.losses._pixel import plain_pixel_distillation
+from passion_plugin.losses._prototype import plain_prototype_distillation
+from passion_plugin.losses._segmentation import plain_segmentation
 
 __all__ = ["OPERATIONS", "Inputs", "Loss", "Operation", "forward_backward"]
 
@@ -137,7 +137,7 @@ def _segmentation() -> Operation:
         return naive.segmentation_loss(x.student, x.labels)
 
     def plain(x: Inputs) -> Tensor:
-        entropy, dice = plain_segmentation(x.student, x.labels, False, 0.0, None)
+        entropy, dice = plain_segmentation(x.student, x.labels, 0.0, None)
         return entropy + dice
 
     def ours(x: Inputs, backend: Backend = "auto") -> Tensor:

@@ -17,7 +17,7 @@ from benchmarks.problems import Problem
 from benchmarks.results import Row, command_line, run, with_progress
 from benchmarks.step import backbone_options, checked_problem, chosen_candidates, points
 from benchmarks.training import Candidate, build
-from passion_plugin.backbone._students import active_students
+from passion_plugin.backbone import active_students
 
 __all__ = ["KINDS", "main", "measure"]
 

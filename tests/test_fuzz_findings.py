@@ -239,7 +239,7 @@ class TestSettings:
             PassionWrapper(MeanNet(M), modalities, missing_rates=RATES)
 
     def test_a_rate_alone_is_refused_as_a_tensor_too(self) -> None:
-        with pytest.raises(ConfigError, match="missing_rates: got .* need one for each"):
+        with pytest.raises(ConfigError, match=r"missing_rates: got .* need one for each"):
             PassionWrapper(MeanNet(M), M, missing_rates=torch.tensor(0.5))
 
     @pytest.mark.parametrize("make", [OGMGE, AGM, PMR], ids=lambda make: make.__name__)
@@ -258,7 +258,7 @@ class TestSettings:
             ({"eta_every": 1.5}, "eta_every"),
             ({"eta": "x", "beta_min": None}, r"(?s)2 problems.*eta='x'.*beta_min=None"),
             ({"presence_counts": 3}, "presence_counts: got 3, need one for each"),
-            ({"presence_counts": ["a", "b"]}, "presence_counts: got .* need positive numbers"),
+            ({"presence_counts": ["a", "b"]}, r"presence_counts: got .* need positive numbers"),
             ({"mode": ARRAY}, "mode="),
         ],
     )

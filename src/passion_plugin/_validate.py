@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from passion_plugin._types import Mode, Outputs
 from passion_plugin.errors import ConfigError, InputError, PassionError, raise_problems, suggest
 
 __all__ = [
@@ -21,8 +22,6 @@ __all__ = [
     "check_map",
     "check_outputs",
     "check_pair",
-    "check_positive_int",
-    "check_positive_number",
     "describe",
     "is_int",
     "is_number",
@@ -38,12 +37,7 @@ def is_one_of(value: Any, choices: Sequence[str]) -> bool:
 
 
 def is_number(
-    value: Any,
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float = math.inf,
-    most: float = math.inf,
+    value: Any, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf
 ) -> bool:
     """Whether ``value`` is a finite real number in a range; True and False are none.
 
@@ -140,7 +134,7 @@ def _is_ambiguous(names: Sequence[str]) -> bool:
     return bool(found)
 
 
-_INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_CLASS_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Problems:
@@ -152,14 +146,6 @@ class Problems:
     Attributes:
         settings: what is wrong with plain settings.
         inputs: what is wrong with tensors.
-
-    Example:
-        >>> problems = Problems("my_loss")
-        >>> check_choice(problems, "mode", "oficial", ("default", "official"))
-        >>> problems.raise_all()
-        Traceback (most recent call last):
-        ...
-        passion_plugin.errors.ConfigError: my_loss: mode='oficial' is unknown. Did you mean 'official'?
     """
 
     def __init__(self, what: str) -> None:
@@ -168,12 +154,7 @@ class Problems:
         self.inputs: list[str] = []
 
     def raise_all(self) -> None:
-        """Raise everything found as one error; do nothing when there is nothing.
-
-        Raises:
-            InputError: at least one tensor is wrong.
-            ConfigError: only settings are wrong.
-        """
+        """Raise everything found as one InputError, or ConfigError where only settings are wrong."""
         error: type[PassionError] = InputError if self.inputs else ConfigError
         raise_problems([*self.settings, *self.inputs], what=self.what, error=error)
 
@@ -193,12 +174,7 @@ def describe(value: object) -> str:
 
 
 def unreadable(tensor: Tensor) -> str:
-    """Say why the values of a tensor cannot be looked at; empty when they can.
-
-    Example:
-        >>> unreadable(torch.eye(2).to_sparse())
-        'has layout torch.sparse_coo; pass tensor.to_dense()'
-    """
+    """Say why the values of a tensor cannot be read; empty when they can."""
     if tensor.is_meta:
         return "is on the meta device, which holds no values"
     return "" if tensor.layout == torch.strided else f"has layout {tensor.layout}; pass tensor.to_dense()"
@@ -212,8 +188,8 @@ def check_choice(problems: Problems, name: str, value: object, choices: Sequence
 
 def check_outputs(problems: Problems, mode: object, outputs: object) -> None:
     """``mode`` and ``outputs`` must be known, and official mode exists for softmax outputs only."""
-    check_choice(problems, "mode", mode, ("default", "official"))
-    check_choice(problems, "outputs", outputs, ("softmax", "sigmoid"))
+    check_choice(problems, "mode", mode, get_args(Mode))
+    check_choice(problems, "outputs", outputs, get_args(Outputs))
     if mode == "official" and outputs == "sigmoid":
         problems.settings.append(
             "mode='official' has no sigmoid outputs: the published code defines softmax only. "
@@ -221,65 +197,51 @@ def check_outputs(problems: Problems, mode: object, outputs: object) -> None:
         )
 
 
-def check_positive_number(problems: Problems, name: str, value: object) -> None:
-    """``value`` must be a finite real number above zero."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        problems.settings.append(f"{name}={value!r}, but it must be a finite number above 0.")
-
-
-def check_positive_int(problems: Problems, name: str, value: object, minimum: int = 1) -> bool:
-    """``value`` must be an integer of at least ``minimum``; return whether it is."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        problems.settings.append(f"{name}={value!r}, but it must be an integer of at least {minimum}.")
-        return False
-    return True
-
-
 def check_map(problems: Problems, name: str, value: object, *, channels: str = "K", minimum: int = 1) -> bool:
     """``value`` must be a floating (B, channels, *spatial) tensor with 2 or 3 spatial axes, none empty.
 
-    Args:
-        problems: collects what is wrong.
-        name: how the caller calls the argument.
-        value: the argument.
-        channels: symbol of the second axis in messages.
-        minimum: smallest number of channels.
-
     Returns:
-        Whether the shape is usable for further checks.
+        Whether its shape is usable for further checks.
     """
     layout = f"(B, {channels}, H, W) or (B, {channels}, D, H, W)"
+    found = f"{name} is {describe(value)}"
     if not isinstance(value, Tensor):
-        problems.inputs.append(f"{name} is {describe(value)}; pass a floating tensor {layout}.")
+        problems.inputs.append(f"{found}; pass a floating tensor {layout}.")
         return False
     if not value.is_floating_point():
-        problems.inputs.append(
-            f"{name} is {describe(value)}; pass floating values as the network gives them, not class numbers."
-        )
+        problems.inputs.append(f"{found}; pass floating values as the network gives them, not class numbers.")
     if value.ndim not in (4, 5):
-        problems.inputs.append(f"{name} is {describe(value)}; its shape must be {layout}.")
+        problems.inputs.append(f"{found}; its shape must be {layout}.")
         return False
     if value.shape[1] < minimum or 0 in value.shape[1:]:
-        problems.inputs.append(
-            f"{name} is {describe(value)}; it needs at least {minimum} channel(s) and no empty spatial axis."
-        )
+        problems.inputs.append(f"{found}; it needs at least {minimum} channel(s) and no empty spatial axis.")
         return False
     return True
 
 
-def check_pair(problems: Problems, student: Tensor, teacher: Tensor, *, channels: bool) -> None:
-    """Student and teacher must lie on one device and agree in batch and space, and in channels if asked."""
-    skipped = "" if channels else " apart from the channels"
-    left = student.shape if channels else (student.shape[0], *student.shape[2:])
-    right = teacher.shape if channels else (teacher.shape[0], *teacher.shape[2:])
-    if tuple(left) != tuple(right):
-        problems.inputs.append(
-            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; "
-            f"they must agree{skipped}. Bring both to one resolution first."
-        )
-    if student.device != teacher.device:
-        where = f"student is on {student.device} and teacher on {teacher.device}"
-        problems.inputs.append(f"{where}; use one device.")
+def check_pair(
+    problems: Problems, student: Tensor, teacher: Tensor, *, features: bool = False, minimum: int = 1
+) -> bool:
+    """Student and teacher must be maps on one device that agree in shape: logits, or features of any channels.
+
+    Returns:
+        Whether the shape of the student is usable for further checks.
+    """
+    suffix, channels = ("_features", "C") if features else ("", "K")
+    usable = [
+        check_map(problems, f"{name}{suffix}", value, channels=channels, minimum=minimum)
+        for name, value in (("student", student), ("teacher", teacher))
+    ]
+    if all(usable):
+        sizes = [(len(value), *value.shape[2 if features else 1 :]) for value in (student, teacher)]
+        if sizes[0] != sizes[1]:
+            problems.inputs.append(
+                f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; they must agree"
+                f"{' apart from the channels' if features else ''}. Bring both to one resolution first."
+            )
+        if student.device != teacher.device:
+            problems.inputs.append(f"student is on {student.device} and teacher on {teacher.device}; use one device.")
+    return usable[0]
 
 
 def check_labels(
@@ -288,9 +250,10 @@ def check_labels(
     reference: Tensor,
     num_classes: int,
     *,
-    kind: Literal["classes", "regions", "either"],
+    kind: str,
     values: bool = True,
-    ignoring: str = "pass ignore_index for voxels that belong to none",
+    ignore_index: object = None,
+    advice: str = "pass ignore_index for voxels that belong to none",
 ) -> None:
     """Labels must fit ``reference`` (B, C, *spatial): class numbers (B, *spatial) or masks (B, K, *spatial).
 
@@ -302,33 +265,42 @@ def check_labels(
         labels: the argument.
         reference: logits or features, already checked, whose batch, space and device the labels must share.
         num_classes: K.
-        kind: which of the two layouts is allowed.
-        values: whether to read the values too; on an accelerator this waits for the device. Never done
-            on meta tensors, nor while ``torch.compile`` traces, where it would break the graph.
-        ignoring: what the caller offers for voxels that belong to no class.
+        kind: which layouts are allowed: ``"classes"``, ``"regions"`` or ``"either"``.
+        values: whether to read the values, which waits for the device; never done while ``torch.compile`` traces.
+        ignore_index: value that is always allowed; must be an integer or None.
+        advice: what to do about voxels that belong to no class.
     """
-    batch, spatial = reference.shape[0], tuple(reference.shape[2:])
-    numbers, masks = (batch, *spatial), (batch, num_classes, *spatial)
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        problems.settings.append(f"ignore_index={ignore_index!r}, but it must be an integer or None.")
+        ignore_index = None
+    numbers, masks = (len(reference), *reference.shape[2:]), (len(reference), num_classes, *reference.shape[2:])
     wanted = {
         "classes": f"integers {numbers}",
         "regions": f"0/1 masks {masks}",
         "either": f"integers {numbers} or 0/1 masks {masks}",
     }[kind]
+    found = f"labels are {describe(labels)}"
     if not isinstance(labels, Tensor):
-        problems.inputs.append(f"labels are {describe(labels)}; pass {wanted}.")
+        problems.inputs.append(f"{found}; pass {wanted}.")
         return
     if labels.device != reference.device:
-        where = f"labels are on {labels.device} and the maps on {reference.device}"
-        problems.inputs.append(f"{where}; use one device.")
-    values = values and not labels.is_meta and not torch.compiler.is_compiling()
-    shape = tuple(labels.shape)
-    if kind != "classes" and shape == masks:
-        _check_masks(problems, labels, values)
-    elif kind != "regions" and shape == numbers:
-        _check_numbers(problems, labels, num_classes, values, ignoring)
-    else:
-        hint = _shape_hint(labels, reference, kind)
-        problems.inputs.append(f"labels are {describe(labels)}; pass {wanted}.{hint}")
+        problems.inputs.append(f"labels are on {labels.device} and the maps on {reference.device}; use one device.")
+    regions = kind != "classes" and labels.shape == masks
+    if not regions and (kind == "regions" or labels.shape != numbers):
+        problems.inputs.append(f"{found}; pass {wanted}.{_shape_hint(labels, reference, kind)}")
+    elif regions and labels.is_complex():
+        problems.inputs.append(f"{found}; region masks must be real.")
+    elif not regions and labels.dtype == torch.bool and num_classes != 2:
+        problems.inputs.append(f"labels are bool, which names 2 classes, but there are {num_classes}.")
+    elif not regions and labels.dtype not in _CLASS_DTYPES:
+        problems.inputs.append(
+            f"{found}; class numbers must be uint8, int8, int16, int32 or int64. "
+            "Use labels.long() if they hold whole numbers."
+        )
+    elif values and labels.dtype != torch.bool and not labels.is_meta and not torch.compiler.is_compiling():
+        kept = labels if ignore_index is None else labels[labels.long() != ignore_index]
+        if kept.numel() > 0:
+            _check_values(problems, kept, num_classes, regions, advice)
 
 
 def _shape_hint(labels: Tensor, reference: Tensor, kind: str) -> str:
@@ -336,40 +308,22 @@ def _shape_hint(labels: Tensor, reference: Tensor, kind: str) -> str:
         return " Class numbers do not say which regions they belong to: build one mask per region."
     if labels.ndim == reference.ndim and labels.shape[1] == 1:
         return " Drop the channel axis with labels[:, 0]."
-    if kind == "classes" and labels.ndim == reference.ndim:
+    if labels.ndim == reference.ndim and kind == "classes":
         return " Turn one-hot labels into class numbers with labels.argmax(1)."
     return ""
 
 
-def _check_numbers(problems: Problems, labels: Tensor, num_classes: int, values: bool, ignoring: str) -> None:
-    if labels.dtype == torch.bool:
-        if num_classes != 2:
-            problems.inputs.append(f"labels are bool, which names 2 classes, but there are {num_classes}.")
+def _check_values(problems: Problems, labels: Tensor, num_classes: int, regions: bool, advice: str) -> None:
+    if regions:
+        wrong = labels[(labels != 0) & (labels != 1)]
+        if wrong.numel() > 0:
+            problems.inputs.append(
+                f"labels are region masks with values such as {wrong[0].item()}; threshold soft masks first."
+            )
         return
-    if labels.dtype not in _INTEGER_DTYPES:
-        problems.inputs.append(
-            f"labels are {describe(labels)}; class numbers must be uint8, int8, int16, int32 or int64. "
-            "Use labels.long() if they hold whole numbers."
-        )
-        return
-    if not values or labels.numel() == 0:
-        return
-    low, high = (int(adapter) for adapter in torch.aminmax(labels))
+    low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= num_classes:
         problems.inputs.append(
             f"labels hold values from {low} to {high}, but {num_classes} classes are 0..{num_classes - 1}. "
-            f"Renumber them without gaps (BraTS: 4 becomes 3); {ignoring}."
-        )
-
-
-def _check_masks(problems: Problems, labels: Tensor, values: bool) -> None:
-    if labels.is_complex():
-        problems.inputs.append(f"labels are {describe(labels)}; region masks must be real.")
-        return
-    if not values or labels.dtype == torch.bool:
-        return
-    if bool(((labels != 0) & (labels != 1)).any()):
-        low, high = (adapter.item() for adapter in torch.aminmax(labels))
-        problems.inputs.append(
-            f"labels are region masks with values from {low} to {high} other than 0 and 1; threshold soft masks first."
+            f"Renumber them without gaps (BraTS: 4 becomes 3); {advice}."
         )

@@ -256,11 +256,12 @@ class TestSettings:
     def test_other_settings_are_a_warning(self, config: dict[str, Any], how: str) -> None:
         saved, model = trained(**config), trained()
         ((name, value),) = config.items()
+        load = {
+            "add-on": lambda: set_passion_state_dict(model, get_passion_state_dict(saved)),
+            "state_dict": lambda: model.load_state_dict(saved.state_dict()),
+        }[how]
         with pytest.warns(PassionWarning, match=f"{name} was {value!r} and is {getattr(PassionConfig(), name)!r}"):
-            if how == "add-on":
-                set_passion_state_dict(model, get_passion_state_dict(saved))
-            else:
-                model.load_state_dict(saved.state_dict())
+            load()
         assert torch.equal(model.passion.preference.beta, saved.passion.preference.beta)
 
     @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: next(iter(config)))

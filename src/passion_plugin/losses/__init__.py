@@ -1,7 +1,8 @@
 """The terms of PASSION (arXiv:2407.14796) as functions: one value per sample, no reduction over the batch.
 
 Presence of modalities, weights and the mean over the batch belong to whoever combines the terms; see
-:mod:`passion_plugin.testing.references` for the same equations as plain loops.
+:mod:`passion_plugin.testing.references` for the same equations as plain loops. Each of ``_pixel``, ``_prototype`` and
+``_segmentation`` holds public function, plain definition, custom operator and gradient; ``kernels`` the same in Triton.
 
 Example:
     >>> import torch

@@ -35,24 +35,17 @@ def prepare_target(
         raise InputError(f"the target must be a tensor, got {describe(target)}")
     if reason := unreadable(target):
         raise InputError(f"the target {reason}")
-    batch, num_classes, *size = logits.shape
-    spatial_ndim = len(size)
-    if outputs == "softmax" and target.ndim == spatial_ndim + 2 and target.shape[1] == num_classes:
+    batch, num_classes, *spatial = logits.shape
+    size = tuple(spatial)
+    if outputs == "softmax" and target.ndim == logits.ndim and target.shape[1] == num_classes:
         target = _from_one_hot(target)
-    axes = tuple(target.shape[-spatial_ndim:])
-    if axes not in (tuple(size), image_size):
-        axes = tuple(size) if image_size is None else image_size
+    if image_size is not None and target.shape[-len(size) :] != size:
+        size = image_size
     problems = Problems("the target")
-    # check_labels wants something of the right shape to compare with; an expanded scalar has no storage to speak of.
-    reference = torch.empty((), device=target.device).expand(batch, num_classes, *axes)
-    check_labels(
-        problems,
-        target,
-        reference,
-        num_classes,
-        kind="classes" if outputs == "softmax" else "regions",
-        ignoring="there is no ignore value",
-    )
+    # An expanded scalar has the shape to compare with, and no storage to speak of.
+    reference = torch.empty((), device=target.device).expand(batch, num_classes, *size)
+    kind = "classes" if outputs == "softmax" else "regions"
+    check_labels(problems, target, reference, num_classes, kind=kind, advice="there is no ignore value")
     problems.raise_all()
     return target.long() if outputs == "softmax" else target
 

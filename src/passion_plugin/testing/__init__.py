@@ -21,16 +21,14 @@ from passion_plugin.testing._assertions import (
     assert_class_permutation_invariant,
     assert_computed_in_float32,
     assert_independent_of_layout,
+    assert_invariant_to_absent_content,
     assert_matches_reference,
+    assert_modality_permutation_equivariant,
+    assert_modality_permutation_invariant,
     assert_no_gradient_to_teacher,
     assert_nonnegative,
     assert_voxel_permutation_invariant,
     assert_zero_at_teacher,
-)
-from passion_plugin.testing._modality_assertions import (
-    assert_invariant_to_absent_content,
-    assert_modality_permutation_equivariant,
-    assert_modality_permutation_invariant,
 )
 
 __all__ = [

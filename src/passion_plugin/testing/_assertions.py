@@ -1,32 +1,25 @@
-"""Assertions about losses that compare a student with a teacher, or a prediction with labels.
+"""Assertions about losses (student against teacher, prediction against labels) and about rules over modalities.
 
-``loss`` is any callable that returns one value per sample (B,), or a tuple whose first entry is that. Fix
-further arguments with a lambda or ``functools.partial``. The tolerances are meant for float64 inputs.
+``loss`` is any callable that returns one value per sample (B,), or a tuple whose first entry is that; ``rule`` is one
+over tables (B, M), column = modality. Fix further arguments with a lambda or ``functools.partial``. Every function
+raises AssertionError where the property does not hold, to the tolerances ``rtol`` and ``atol``, which are meant for
+float64 inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from passion_plugin.testing._calls import Function, assert_same, floating, gradients, outputs
-
-__all__ = [
-    "assert_batch_independent",
-    "assert_class_permutation_invariant",
-    "assert_computed_in_float32",
-    "assert_independent_of_layout",
-    "assert_matches_reference",
-    "assert_no_gradient_to_teacher",
-    "assert_nonnegative",
-    "assert_voxel_permutation_invariant",
-    "assert_zero_at_teacher",
-]
+Function: TypeAlias = Callable[..., Any]
 
 _STEP = 1e-6
+_POISONS = (math.nan, math.inf, -math.inf, 1e30)
 
 
 def assert_matches_reference(
@@ -42,8 +35,7 @@ def assert_matches_reference(
     """The loss equals a reference, and its gradient the slope of that reference.
 
     The slope is the central difference of the reference along a random direction of the FIRST argument, with
-    random weights on the samples: one number, which is wrong if any part of the gradient is. Switch it off at
-    inputs where the loss has a kink.
+    random weights on the samples: one number, which is wrong if any part of the gradient is.
 
     Args:
         loss: computes with tensors.
@@ -51,64 +43,38 @@ def assert_matches_reference(
         *arguments: of both.
         rtol: relative tolerance of the values.
         atol: absolute tolerance of the values.
-        gradient: whether to check the gradient.
+        gradient: whether to check the gradient; switch it off at inputs where the loss has a kink.
         gradient_rtol: relative tolerance of the slope.
         gradient_atol: absolute tolerance of the slope.
-
-    Raises:
-        AssertionError: they differ.
     """
     expected = reference(*arguments)
-    assert_same(loss(*arguments), expected, rtol=rtol, atol=atol, what="the loss is not its reference")
+    _assert_same(loss(*arguments), expected, rtol=rtol, atol=atol, what="the loss is not its reference")
     if not gradient:
         return
     point, rest = arguments[0], arguments[1:]
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(point.shape, dtype=point.dtype, generator=generator)
-    weight = torch.randn(outputs(expected)[0].shape, dtype=point.dtype, generator=generator)
-    above, below = (outputs(reference(point + sign * _STEP * direction, *rest))[0] for sign in (1, -1))
+    weight = torch.randn(_outputs(expected)[0].shape, dtype=point.dtype, generator=generator)
+    above, below = (_outputs(reference(point + sign * _STEP * direction, *rest))[0] for sign in (1, -1))
     slope = (weight * (above - below)).sum() / (2 * _STEP)
-    (found, *_) = gradients(loss, arguments, weight)
+    (found, *_) = _gradients(loss, arguments, weight)
     assert found is not None
-    assert_same(
-        (found * direction).sum(),
-        slope,
-        rtol=gradient_rtol,
-        atol=gradient_atol,
-        what="the gradient of the loss is not the slope of its reference",
-    )
+    what = "the gradient of the loss is not the slope of its reference"
+    _assert_same((found * direction).sum(), slope, rtol=gradient_rtol, atol=gradient_atol, what=what)
 
 
 def assert_zero_at_teacher(loss: Function, teacher: Tensor, *, atol: float = 0.0) -> None:
-    """A student that equals its teacher costs nothing and is pushed nowhere.
-
-    Args:
-        loss: ``loss(student, teacher)``.
-        teacher: used as both.
-        atol: largest absolute value that counts as zero, of the loss and of the student's gradient.
-
-    Raises:
-        AssertionError: the loss, another output or the gradient is not zero.
-    """
-    for value in outputs(loss(teacher.clone(), teacher)):
-        assert_same(value, torch.zeros_like(value), rtol=0, atol=atol, what="not zero at student = teacher")
-    found = gradients(lambda student: loss(student, teacher), (teacher,))[0]
+    """Every output of ``loss(student, teacher)`` and the gradient are zero where the student equals its teacher."""
+    for value in _outputs(loss(teacher.clone(), teacher)):
+        _assert_same(value, torch.zeros_like(value), rtol=0, atol=atol, what="not zero at student = teacher")
+    found = _gradients(lambda student: loss(student, teacher), (teacher,))[0]
     assert found is not None
-    assert_same(found, torch.zeros_like(found), rtol=0, atol=atol, what="gradient at student = teacher is not zero")
+    _assert_same(found, torch.zeros_like(found), rtol=0, atol=atol, what="gradient at student = teacher is not zero")
 
 
 def assert_no_gradient_to_teacher(loss: Function, student: Tensor, teacher: Tensor) -> None:
-    """The student is trained, the teacher is not.
-
-    Args:
-        loss: ``loss(student, teacher)``.
-        student: at a point where the loss has a gradient.
-        teacher: differs from the student.
-
-    Raises:
-        AssertionError: the teacher gets a gradient, or the student gets none.
-    """
-    to_student, to_teacher = gradients(loss, (student, teacher))
+    """``loss(student, teacher)`` has a gradient for the student, here not zero, and none for the teacher."""
+    to_student, to_teacher = _gradients(loss, (student, teacher))
     if to_student is None or not bool(to_student.any()):
         raise AssertionError("the student gets no gradient: it was detached, or the inputs are where it is zero")
     if to_teacher is not None and bool(to_teacher.any()):
@@ -121,46 +87,35 @@ def assert_batch_independent(loss: Function, *tensors: Tensor, rtol: float = 1e-
 
     Args:
         loss: of the tensors, one value per sample in every output.
-        *tensors: each with the batch first; B >= 2.
+        *tensors: each with the batch first.
         rtol: relative tolerance.
         atol: absolute tolerance.
 
     Raises:
-        AssertionError: it does.
         ValueError: the batch has fewer than two samples, so nothing could be checked.
     """
     size = len(tensors[0])
     if size < 2:
         raise ValueError("assert_batch_independent: pass at least two samples")
-    together = outputs(loss(*tensors))
+    together = _outputs(loss(*tensors))
     for value in together:
         if value.ndim == 0 or len(value) != size:
-            raise AssertionError(
-                f"the loss has shape {tuple(value.shape)} instead of one value for each of {size} samples"
-            )
+            shape = tuple(value.shape)
+            raise AssertionError(f"the loss has shape {shape} instead of one value for each of {size} samples")
     for b in range(size):
-        alone = outputs(loss(*(tensor[b : b + 1] for tensor in tensors)))
+        alone = _outputs(loss(*(tensor[b : b + 1] for tensor in tensors)))
         rows = tuple(value[b : b + 1] for value in together)
-        assert_same(rows, alone, rtol=rtol, atol=atol, what=f"sample {b} depends on its batch")
+        _assert_same(rows, alone, rtol=rtol, atol=atol, what=f"sample {b} depends on its batch")
         only = torch.zeros(size, dtype=together[0].dtype)
         only[b] = 1
-        for found in gradients(loss, tensors, only):
+        for found in _gradients(loss, tensors, only):
             if found is not None and bool(torch.cat((found[:b], found[b + 1 :])).any()):
                 raise AssertionError(f"the gradient of sample {b} reaches other samples of its batch")
 
 
 def assert_nonnegative(loss: Function, *arguments: Any, atol: float = 1e-12) -> None:
-    """No output of the loss is negative.
-
-    Args:
-        loss: of the arguments.
-        *arguments: passed on.
-        atol: how far below zero rounding may lead.
-
-    Raises:
-        AssertionError: one is, or is NaN.
-    """
-    for value in outputs(loss(*arguments)):
+    """No output of ``loss(*arguments)`` is NaN or negative; rounding may lead ``atol`` below zero."""
+    for value in _outputs(loss(*arguments)):
         if not bool((value >= -atol).all()):
             raise AssertionError(f"the loss is negative or NaN: {value.detach().tolist()}")
 
@@ -176,9 +131,6 @@ def assert_class_permutation_invariant(
         *maps: (B, K, *spatial), channel = class.
         rtol: relative tolerance.
         atol: absolute tolerance.
-
-    Raises:
-        AssertionError: it does.
     """
     classes = maps[0].shape[1]
     before = loss(*maps) if labels is None else loss(*maps, labels)
@@ -186,7 +138,7 @@ def assert_class_permutation_invariant(
         renamed = [values[:, order] for values in maps]
         after = loss(*renamed) if labels is None else loss(*renamed, order.argsort()[labels])
         what = f"the loss changes when class k becomes class {order.argsort().tolist()}[k]"
-        assert_same(after, before, rtol=rtol, atol=atol, what=what)
+        _assert_same(after, before, rtol=rtol, atol=atol, what=what)
 
 
 def assert_voxel_permutation_invariant(
@@ -199,72 +151,150 @@ def assert_voxel_permutation_invariant(
         *tensors: the first (B, C, *spatial); others (B, C', *spatial) or (B, *spatial).
         rtol: relative tolerance.
         atol: absolute tolerance.
-
-    Raises:
-        AssertionError: it does.
     """
     axes = tensors[0].ndim - 2
-    voxels = tensors[0][0, 0].numel()
-    order = torch.randperm(voxels, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(tensors[0][0, 0].numel(), generator=torch.Generator().manual_seed(0))
     shuffled = [tensor.flatten(-axes)[..., order].view(tensor.shape) for tensor in tensors]
     what = "the loss changes when voxels are shuffled"
-    assert_same(loss(*shuffled), loss(*tensors), rtol=rtol, atol=atol, what=what)
+    _assert_same(loss(*shuffled), loss(*tensors), rtol=rtol, atol=atol, what=what)
 
 
 def assert_independent_of_layout(loss: Function, *tensors: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    """Strides do not matter: channels last, transposed and sliced inputs give the same values and gradients.
-
-    Args:
-        loss: of the tensors.
-        *tensors: (B, ...) each.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-
-    Raises:
-        AssertionError: they do matter, or the loss cannot take such inputs.
-    """
+    """Channels last, transposed and sliced inputs (B, ...) give the same values and gradients of ``loss(*tensors)``."""
     layouts: dict[str, Callable[[Tensor], Tensor]] = {
         "channels last": lambda tensor: tensor.movedim(1, -1).contiguous().movedim(-1, 1),
         "transposed": lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1),
         "sliced": lambda tensor: torch.stack((tensor, tensor), -1)[..., 0],
     }
     plain = tuple(tensor.contiguous() for tensor in tensors)
-    values, slopes = loss(*plain), gradients(loss, plain)
+    values, slopes = loss(*plain), _gradients(loss, plain)
     for name, arrange in layouts.items():
-        arranged = tuple(arrange(tensor) for tensor in plain)
+
+        def arranged(*inputs: Tensor, _arrange: Callable[[Tensor], Tensor] = arrange) -> Any:
+            return loss(*map(_arrange, inputs))
+
         try:
-            found = loss(*arranged)
-            slopes_found = gradients(_arranged(loss, arrange), plain)
+            found, slopes_found = arranged(*plain), _gradients(arranged, plain)
         except RuntimeError as error:
             raise AssertionError(f"the loss fails on {name} inputs: {error}") from error
-        assert_same(found, values, rtol=rtol, atol=atol, what=f"values differ on {name} inputs")
+        _assert_same(found, values, rtol=rtol, atol=atol, what=f"values differ on {name} inputs")
         for slope, expected in zip(slopes_found, slopes, strict=True):
             if slope is not None:
-                assert_same(slope, expected, rtol=rtol, atol=atol, what=f"gradients differ on {name} inputs")
-
-
-def _arranged(loss: Function, arrange: Callable[[Tensor], Tensor]) -> Function:
-    return lambda *tensors: loss(*map(arrange, tensors))
+                _assert_same(slope, expected, rtol=rtol, atol=atol, what=f"gradients differ on {name} inputs")
 
 
 def assert_computed_in_float32(loss: Function, *tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Low-precision inputs are rounded once, by the caller, and never again inside, with autocast or without.
+    """Low-precision inputs give the float32 values of the same numbers in float64 (to 1e-4), under autocast too.
 
     Args:
         loss: of the tensors.
         *tensors: floating ones are rounded to ``dtype``, labels are left alone.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-
-    Raises:
-        AssertionError: an output is not float32, or not what the same values give in float64 (to 1e-4).
     """
-    low = [tensor.to(dtype) if floating(tensor) else tensor for tensor in tensors]
-    exact = loss(*(tensor.double() if floating(tensor) else tensor for tensor in low))
+    low = [tensor.to(dtype) if _is_floating(tensor) else tensor for tensor in tensors]
+    exact = loss(*(tensor.double() if _is_floating(tensor) else tensor for tensor in low))
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = outputs(loss(*low))
+            found = _outputs(loss(*low))
         where = f"{dtype} inputs, autocast {'on' if autocast else 'off'}"
         for value in found:
             if value.dtype != torch.float32:
                 raise AssertionError(f"{where}: the result is {value.dtype}, not float32")
-        assert_same(found, exact, rtol=1e-4, atol=1e-5, what=f"{where}: not computed in float32")
+        _assert_same(found, exact, rtol=1e-4, atol=1e-5, what=f"{where}: not computed in float32")
+
+
+def assert_modality_permutation_equivariant(
+    rule: Function, *tables: Tensor, rtol: float = 1e-9, atol: float = 1e-12
+) -> None:
+    """Results of ``rule(*tables)`` follow their modalities when the columns, the last axis of all, change places."""
+    before = _outputs(rule(*tables))
+    for order in _orders(tables[0].shape[-1]):
+        after = rule(*(table[..., order] for table in tables))
+        moved = tuple(value[..., order] for value in before)
+        what = f"results do not follow their modalities into the order {order.tolist()}"
+        _assert_same(after, moved, rtol=rtol, atol=atol, what=what)
+
+
+def assert_modality_permutation_invariant(
+    rule: Function, *tables: Tensor, rtol: float = 1e-9, atol: float = 1e-12
+) -> None:
+    """Results of ``rule(*tables)`` do not change when the columns, the last axis of all tables, change places."""
+    before = rule(*tables)
+    for order in _orders(tables[0].shape[-1]):
+        after = rule(*(table[..., order] for table in tables))
+        what = f"the result changes when the modalities are in the order {order.tolist()}"
+        _assert_same(after, before, rtol=rtol, atol=atol, what=what)
+
+
+def assert_invariant_to_absent_content(rule: Function, presence: Tensor, *tables: Tensor) -> None:
+    """What stands where a modality is absent changes nothing, be it NaN, and gets a gradient of exactly 0.
+
+    Args:
+        rule: of the tables; it knows ``presence`` by itself.
+        presence: bool (B, M) with at least one False.
+        *tables: floating (B, M) or (B, M, *spatial).
+
+    Raises:
+        ValueError: nothing is absent, so nothing could be checked.
+    """
+    if bool(presence.all()):
+        raise ValueError("assert_invariant_to_absent_content: no modality is absent, nothing to check")
+    absent = [~presence.view(presence.shape + (1,) * (table.ndim - 2)).expand_as(table) for table in tables]
+    clean = tuple(table.masked_fill(gap, 0.0) for table, gap in zip(tables, absent, strict=True))
+    before, slopes = rule(*clean), _gradients(rule, clean)
+    for poison in _POISONS:
+        poisoned = tuple(table.masked_fill(gap, poison) for table, gap in zip(tables, absent, strict=True))
+        what = f"{poison} in an absent modality"
+        _assert_same(rule(*poisoned), before, rtol=0, atol=0, what=f"{what} changes the result")
+        for slope, expected, gap in zip(_gradients(rule, poisoned), slopes, absent, strict=True):
+            if slope is None:
+                continue
+            if not bool((slope[gap] == 0).all()):
+                raise AssertionError(f"{what} gets a gradient that is not 0")
+            _assert_same(slope, expected, rtol=0, atol=0, what=f"{what} changes the gradient")
+
+
+def _orders(modalities: int) -> Iterator[Tensor]:
+    """Every rotation and the reversal, without the identity."""
+    columns = torch.arange(modalities)
+    for shift in range(1, modalities):
+        yield columns.roll(shift)
+    yield columns.flip(0)
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    """What a loss or reference returned, as a tuple of tensors; the first is the one that is trained on."""
+    values = result if isinstance(result, tuple) else (result,)
+    return tuple(value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value)) for value in values)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _gradients(function: Function, arguments: tuple[Any, ...], weight: Tensor | None = None) -> list[Tensor | None]:
+    """Gradient of ``sum(weight * function(*arguments))`` for each argument: zeros if unused, None if not floating."""
+    leaves = [value.detach().clone().requires_grad_() if _is_floating(value) else value for value in arguments]
+    value = _outputs(function(*leaves))[0]
+    wanted = [leaf for leaf in leaves if _is_floating(leaf)]
+    if not value.requires_grad:
+        found = iter([torch.zeros_like(leaf) for leaf in wanted])
+    else:
+        scalar = value.sum() if weight is None else (value * weight).sum()
+        found = iter(torch.autograd.grad(scalar, wanted, allow_unused=True, materialize_grads=True))
+    return [next(found) if _is_floating(leaf) else None for leaf in leaves]
+
+
+def _assert_same(actual: Any, expected: Any, *, rtol: float, atol: float, what: str) -> None:
+    """Compare values and shapes in float64 and say what was expected to be the same."""
+    left, right = _outputs(actual), _outputs(expected)
+    if len(left) != len(right):
+        raise AssertionError(f"{what}: {len(left)} outputs instead of {len(right)}")
+    for number, (one, other) in enumerate(zip(left, right, strict=True)):
+        name = what if len(left) == 1 else f"{what} (output {number})"
+        if one.shape != other.shape:
+            raise AssertionError(f"{name}: shape {tuple(one.shape)} instead of {tuple(other.shape)}")
+        try:
+            torch.testing.assert_close(one.detach().double(), other.detach().double(), rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{name}.\n{error}") from None

@@ -1,7 +1,8 @@
 """Hypothesis strategies for the inputs of segmentation losses on incomplete multi-modal data.
 
 Tensors are float64 on the CPU. Shapes and the character of the values are drawn, and shrink, one by one; the
-numbers themselves come from a drawn seed, which keeps an example with hundreds of voxels cheap.
+numbers themselves come from a drawn seed, which keeps an example with hundreds of voxels cheap. Hypothesis passes the
+argument ``draw``; a ``shape`` (B, K, *spatial) that is not given is drawn from :func:`shapes`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["features", "labels", "logits", "presence_tables", "shapes"]
 
-TensorMeta = tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 @st.composite
@@ -29,18 +30,11 @@ def shapes(
     channels: tuple[int, int] = (2, 4),
     axes: tuple[int, ...] = (2, 3),
     side: tuple[int, int] = (1, 4),
-) -> TensorMeta:
-    """Draw (B, K, *spatial), one voxel included.
+) -> Shape:
+    """Draw a shape (B, K, *spatial), possibly of one voxel.
 
-    Args:
-        draw: given by hypothesis.
-        batch: smallest and largest B.
-        channels: smallest and largest K.
-        axes: allowed numbers of spatial axes.
-        side: smallest and largest size of a spatial axis.
-
-    Returns:
-        The shape.
+    ``batch``, ``channels`` and ``side`` are the smallest and largest B, K and size of a spatial axis; ``axes`` are the
+    numbers of spatial axes to choose from.
     """
     spatial = [draw(st.integers(*side)) for _ in range(draw(st.sampled_from(axes)))]
     return (draw(st.integers(*batch)), draw(st.integers(*channels)), *spatial)
@@ -48,33 +42,19 @@ def shapes(
 
 @st.composite
 def logits(
-    draw: st.DrawFn, shape: TensorMeta | None = None, *, scales: tuple[float, ...] = (1.0, 0.0, 10.0, 100.0)
+    draw: st.DrawFn, shape: Shape | None = None, *, scales: tuple[float, ...] = (1.0, 0.0, 10.0, 100.0)
 ) -> Tensor:
-    """Draw logits: uncertain, undecided (all equal), confident, or saturated.
+    """Draw logits (B, K, *spatial): uncertain, undecided (all equal), confident, or saturated.
 
-    Args:
-        draw: given by hypothesis.
-        shape: (B, K, *spatial); drawn from :func:`shapes` where None.
-        scales: standard deviations to choose from.
-
-    Returns:
-        float64 (B, K, *spatial).
+    ``scales`` are the standard deviations to choose from.
     """
     size = draw(shapes()) if shape is None else shape
     return _normal(draw, size) * draw(st.sampled_from(scales))
 
 
 @st.composite
-def labels(draw: st.DrawFn, shape: TensorMeta | None = None) -> Tensor:
-    """Draw class numbers that fit logits of ``shape``; each sample has classes of its own, often not all.
-
-    Args:
-        draw: given by hypothesis.
-        shape: (B, K, *spatial) of the logits; drawn from :func:`shapes` where None.
-
-    Returns:
-        int64 (B, *spatial) with values in 0..K-1.
-    """
+def labels(draw: st.DrawFn, shape: Shape | None = None) -> Tensor:
+    """Draw int64 class numbers (B, *spatial) that fit logits of ``shape``; each sample has some of the K classes."""
     size = draw(shapes()) if shape is None else shape
     samples = []
     for _ in range(size[0]):
@@ -85,16 +65,10 @@ def labels(draw: st.DrawFn, shape: TensorMeta | None = None) -> Tensor:
 
 
 @st.composite
-def features(draw: st.DrawFn, shape: TensorMeta | None = None, *, rectified: bool | None = None) -> Tensor:
-    """Draw features as they enter a classifier: normal, or behind a ReLU, where whole voxels may be zero.
+def features(draw: st.DrawFn, shape: Shape | None = None, *, rectified: bool | None = None) -> Tensor:
+    """Draw features (B, C, *spatial) as they enter a classifier.
 
-    Args:
-        draw: given by hypothesis.
-        shape: (B, C, *spatial); drawn from :func:`shapes` where None.
-        rectified: whether negative values become 0; drawn where None.
-
-    Returns:
-        float64 (B, C, *spatial).
+    They are normal, or ``rectified`` as behind a ReLU, where whole voxels may be zero; None: either.
     """
     values = _normal(draw, draw(shapes()) if shape is None else shape)
     cut = draw(st.booleans()) if rectified is None else rectified
@@ -103,22 +77,11 @@ def features(draw: st.DrawFn, shape: TensorMeta | None = None, *, rectified: boo
 
 @st.composite
 def presence_tables(
-    draw: st.DrawFn,
-    samples: int | None = None,
-    modalities: int | None = None,
-    *,
-    at_least: int = 1,
+    draw: st.DrawFn, samples: int | None = None, modalities: int | None = None, *, at_least: int = 1
 ) -> Tensor:
-    """Draw which modalities each sample has.
+    """Draw which modalities each sample has: bool (samples, modalities), True = present.
 
-    Args:
-        draw: given by hypothesis.
-        samples: number of rows; 1 to 4 where None.
-        modalities: number of columns; 2 to 5 where None.
-        at_least: modalities that every sample keeps.
-
-    Returns:
-        bool (samples, modalities), True = present.
+    Samples are 1 to 4 and modalities 2 to 5 where None; every sample keeps ``at_least`` of them.
     """
     rows = draw(st.integers(1, 4)) if samples is None else samples
     columns = draw(st.integers(max(2, at_least), 5)) if modalities is None else modalities
@@ -133,5 +96,5 @@ def _generator(draw: st.DrawFn) -> torch.Generator:
     return torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
 
 
-def _normal(draw: st.DrawFn, shape: TensorMeta) -> Tensor:
+def _normal(draw: st.DrawFn, shape: Shape) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=_generator(draw))

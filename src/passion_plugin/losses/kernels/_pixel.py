@@ -8,20 +8,15 @@ Every block writes one partial sum and PyTorch adds them up, so nothing depends 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from passion_plugin.losses._common import count_launch
-from passion_plugin.losses._pixel_eager import CLAMP
-from passion_plugin.losses.kernels import _pixel_upsampled as pixel_upsampled
+from passion_plugin.losses._common import MIN_PROBABILITY, empty_gradient, flatten_voxels
+from passion_plugin.losses.kernels import _pixel_upsampled, launch, with_strides
 
-__all__ = ["divergence", "gradient"]
-
-_CLAMP = tl.constexpr(CLAMP)
+_CLAMP = tl.constexpr(MIN_PROBABILITY)
 
 # Finite, so that the difference of two paddings is 0 and no NaN.
 _PADDING = tl.constexpr(-1e38)
@@ -53,26 +48,14 @@ def _log1p(x):
 
 @triton.jit
 def _divergence(
-    student,
-    teacher,
-    partial,
-    student_b,
-    student_k,
-    student_v,
-    teacher_b,
-    teacher_k,
-    teacher_v,
-    classes,
-    voxels,
-    rate,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, s_b, s_k, s_v, teacher, t_b, t_k, t_v, partial, classes, voxels, rate,
+    KIND: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The divergence of a block of voxels, to partial (B, blocks)."""
     block, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     k, v = tl.arange(0, K).to(tl.int64), block * BLOCK + tl.arange(0, BLOCK)
-    a_s = _load(student, b, k, v, student_b, student_k, student_v, classes, voxels, rate)
-    a_t = _load(teacher, b, k, v, teacher_b, teacher_k, teacher_v, classes, voxels, rate)
+    a_s = _load(student, b, k, v, s_b, s_k, s_v, classes, voxels, rate)
+    a_t = _load(teacher, b, k, v, t_b, t_k, t_v, classes, voxels, rate)
     if KIND == "sigmoid":
         e_s, e_t = tl.exp(-tl.abs(a_s)), tl.exp(-tl.abs(a_t))
         gap = tl.sigmoid(a_t) * (a_t - a_s) + (tl.maximum(a_s, 0.0) - tl.maximum(a_t, 0.0))
@@ -91,30 +74,14 @@ def _divergence(
 
 @triton.jit
 def _gradient(
-    student,
-    teacher,
-    scale,
-    result,
-    student_b,
-    student_k,
-    student_v,
-    teacher_b,
-    teacher_k,
-    teacher_v,
-    result_b,
-    result_k,
-    result_v,
-    classes,
-    voxels,
-    rate,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, s_b, s_k, s_v, teacher, t_b, t_k, t_v, result, r_b, r_k, r_v, scale, classes, voxels, rate,
+    KIND: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of voxels; ``scale`` (B,) holds what all of a sample are multiplied by."""
     block, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     k, v = tl.arange(0, K).to(tl.int64), block * BLOCK + tl.arange(0, BLOCK)
-    a_s = _load(student, b, k, v, student_b, student_k, student_v, classes, voxels, rate)
-    a_t = _load(teacher, b, k, v, teacher_b, teacher_k, teacher_v, classes, voxels, rate)
+    a_s = _load(student, b, k, v, s_b, s_k, s_v, classes, voxels, rate)
+    a_t = _load(teacher, b, k, v, t_b, t_k, t_v, classes, voxels, rate)
     if KIND == "sigmoid":
         slope = tl.sigmoid(a_s) - tl.sigmoid(a_t)
     else:
@@ -127,58 +94,40 @@ def _gradient(
             # q h = -c(q_t) where the student is not clamped: there c(q_s) = q_s.
             pulled = tl.where(q_s >= _CLAMP, tl.maximum(q_t, _CLAMP), 0.0)
             slope = q_s * tl.sum(pulled, axis=0)[None, :] - pulled
-    offsets = b * result_b + k[:, None] * result_k + v[None, :] * result_v
+    offsets = b * r_b + k[:, None] * r_k + v[None, :] * r_v
     inside = (k[:, None] < classes) & (v[None, :] < voxels)
     tl.store(result + offsets, (tl.load(scale + b) * slope).to(result.dtype.element_ty), mask=inside)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float, kind: str, scale_factor: int) -> Tensor:
-    """The same as :func:`passion_plugin.ops._pixel_eager.divergence`, in float32."""
+    """Divergence (B,) in float32."""
     if scale_factor > 1:
-        return pixel_upsampled.divergence(student, teacher, temperature, scale_factor)
-    zs, zt = student.flatten(2), teacher.flatten(2)
+        return _pixel_upsampled.divergence(student, teacher, temperature, scale_factor)
+    zs, zt = flatten_voxels(student), flatten_voxels(teacher)
     batch, classes, voxels = zs.shape
     padded, block = _tile(classes)
     partial = torch.empty(batch, triton.cdiv(voxels, block), dtype=torch.float32, device=zs.device)
-    if batch:
-        count_launch("pixel_divergence")
-        with torch.cuda.device_of(zs):
-            _divergence[partial.shape[1], batch](
-                zs, zt, partial, *zs.stride(), *zt.stride(), classes, voxels, 1 / temperature, kind, padded, block
-            )
+    maps = (*with_strides(zs), *with_strides(zt))
+    settings = {"KIND": kind, "K": padded, "BLOCK": block}
+    launch(_divergence, (partial.shape[1], batch), *maps, partial, classes, voxels, 1 / temperature, **settings)
     return partial.sum(1) * (temperature**2 / (classes * voxels))
 
 
 def gradient(
     upstream: Tensor, student: Tensor, teacher: Tensor, temperature: float, kind: str, scale_factor: int
 ) -> Tensor:
-    """The same as :func:`passion_plugin.ops._pixel_eager.gradient`, computed in float32."""
+    """Gradient of the student's logits, in their dtype, computed in float32."""
     if scale_factor > 1:
-        return pixel_upsampled.gradient(upstream, student, teacher, temperature, scale_factor)
-    zs, zt = student.flatten(2), teacher.flatten(2)
+        return _pixel_upsampled.gradient(upstream, student, teacher, temperature, scale_factor)
+    zs, zt, result = flatten_voxels(student), flatten_voxels(teacher), empty_gradient(student)
     batch, classes, voxels = zs.shape
     padded, block = _tile(classes)
-    result = torch.empty_like(zs)
-    scale = upstream.to(torch.float32) * (temperature / math.prod(zs.shape[1:]))
-    if batch:
-        count_launch("pixel_gradient")
-        with torch.cuda.device_of(zs):
-            _gradient[triton.cdiv(voxels, block), batch](
-                zs,
-                zt,
-                scale,
-                result,
-                *zs.stride(),
-                *zt.stride(),
-                *result.stride(),
-                classes,
-                voxels,
-                1 / temperature,
-                kind,
-                padded,
-                block,
-            )
-    return result.view(student.shape)
+    scale = upstream.to(torch.float32) * (temperature / (classes * voxels))
+    maps = (*with_strides(zs), *with_strides(zt), *with_strides(flatten_voxels(result)))
+    settings = {"KIND": kind, "K": padded, "BLOCK": block}
+    grid = (triton.cdiv(voxels, block), batch)
+    launch(_gradient, grid, *maps, scale, classes, voxels, 1 / temperature, **settings)
+    return result
 
 
 def _tile(classes: int) -> tuple[int, int]:

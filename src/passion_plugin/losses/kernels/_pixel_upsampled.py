@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from passion_plugin.losses._common import count_launch
-from passion_plugin.losses._pixel_eager import CLAMP
+from passion_plugin.losses._common import MIN_PROBABILITY, empty_gradient, flatten_voxels
+from passion_plugin.losses.kernels import launch, with_strides
 
-__all__ = ["divergence", "gradient"]
-
-_CLAMP = tl.constexpr(CLAMP)
+_CLAMP = tl.constexpr(MIN_PROBABILITY)
 
 _BLOCK = 128
 
@@ -50,29 +48,9 @@ def _corners(pointers, stride_k, classes, rate, inside):
 
 @triton.jit
 def _over_cells(
-    pointers_s,
-    pointers_t,
-    largest_s,
-    largest_t,
-    scale_s,
-    scale_t,
-    rate,
-    inside,
-    d,
-    h,
-    w,
-    D,
-    H,
-    W,
-    fine_d,
-    fine_h,
-    fine_w,
-    steps_d,
-    steps_h,
-    steps_w,
-    side,
-    SLOPE: tl.constexpr,
-):
+    pointers_s, pointers_t, largest_s, largest_t, scale_s, scale_t, rate, inside, d, h, w,
+    D, H, W, fine_d, fine_h, fine_w, steps_d, steps_h, steps_w, side, SLOPE: tl.constexpr,
+):  # fmt: skip
     """Sum over the fine voxels of each cell (v,) for one class.
 
     Of the divergence, or (``SLOPE``) of minus its derivative for the probability at the corner ``side``. One long
@@ -115,28 +93,10 @@ def _over_cells(
 
 @triton.jit
 def _divergence(
-    student,
-    teacher,
-    partial,
-    student_b,
-    student_k,
-    student_v,
-    teacher_b,
-    teacher_k,
-    teacher_v,
-    D,
-    H,
-    W,
-    fine_d,
-    fine_h,
-    fine_w,
-    steps_d,
-    steps_h,
-    steps_w,
-    classes,
-    rate,
-    BLOCK: tl.constexpr,
-):
+    student, s_b, s_k, s_v, teacher, t_b, t_k, t_v, partial,
+    D, H, W, fine_d, fine_h, fine_w, steps_d, steps_h, steps_w, classes, rate, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The divergence in a block of cells, to partial (B, blocks)."""
     block, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     v = block * BLOCK + tl.arange(0, BLOCK)
     existing = v // W // H < D
@@ -144,72 +104,29 @@ def _divergence(
     corner = tl.arange(0, 8)[:, None]
     bit_d, bit_h, bit_w = corner // 4, corner // 2 % 2, corner % 2
     at = (_corner(d, bit_d, D).to(tl.int64) * H + _corner(h, bit_h, H)) * W + _corner(w, bit_w, W)
-    pointers_s = student + b * student_b + at * student_v
-    pointers_t = teacher + b * teacher_b + at * teacher_v
+    pointers_s = student + b * s_b + at * s_v
+    pointers_t = teacher + b * t_b + at * t_v
     inside = existing[None, :] & (corner < 8)
-    largest_s, scale_s = _corners(pointers_s, student_k, classes, rate, inside)
-    largest_t, scale_t = _corners(pointers_t, teacher_k, classes, rate, inside)
+    largest_s, scale_s = _corners(pointers_s, s_k, classes, rate, inside)
+    largest_t, scale_t = _corners(pointers_t, t_k, classes, rate, inside)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(classes):
         total += _over_cells(
-            pointers_s,
-            pointers_t,
-            largest_s,
-            largest_t,
-            scale_s,
-            scale_t,
-            rate,
-            inside,
-            d,
-            h,
-            w,
-            D,
-            H,
-            W,
-            fine_d,
-            fine_h,
-            fine_w,
-            steps_d,
-            steps_h,
-            steps_w,
-            0,
-            SLOPE=False,
-        )
-        pointers_s += student_k
-        pointers_t += teacher_k
+            pointers_s, pointers_t, largest_s, largest_t, scale_s, scale_t, rate, inside, d, h, w,
+            D, H, W, fine_d, fine_h, fine_w, steps_d, steps_h, steps_w, 0, SLOPE=False,
+        )  # fmt: skip
+        pointers_s += s_k
+        pointers_t += t_k
     total = tl.where(existing, total, 0.0)
     tl.store(partial + b * tl.num_programs(0) + block, tl.sum(total))
 
 
 @triton.jit
 def _gradient(
-    student,
-    teacher,
-    scale,
-    result,
-    student_b,
-    student_k,
-    student_v,
-    teacher_b,
-    teacher_k,
-    teacher_v,
-    result_b,
-    result_k,
-    result_v,
-    D,
-    H,
-    W,
-    fine_d,
-    fine_h,
-    fine_w,
-    steps_d,
-    steps_h,
-    steps_w,
-    classes,
-    rate,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, s_b, s_k, s_v, teacher, t_b, t_k, t_v, result, r_b, r_k, r_v, scale,
+    D, H, W, fine_d, fine_h, fine_w, steps_d, steps_h, steps_w, classes, rate, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of coarse voxels; ``scale`` (B,) holds what all of a sample are multiplied by."""
     block, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     v = block * BLOCK + tl.arange(0, BLOCK)
     existing = v // W // H < D
@@ -223,91 +140,54 @@ def _gradient(
         cell_d, cell_h, cell_w = d - side // 4, h - side // 2 % 2, w - side % 2
         real = existing & (cell_d >= 0) & (cell_h >= 0) & (cell_w >= 0)
         at = (_corner(cell_d, bit_d, D).to(tl.int64) * H + _corner(cell_h, bit_h, H)) * W + _corner(cell_w, bit_w, W)
-        pointers_s = student + b * student_b + at * student_v
-        pointers_t = teacher + b * teacher_b + at * teacher_v
+        pointers_s = student + b * s_b + at * s_v
+        pointers_t = teacher + b * t_b + at * t_v
         inside = real[None, :] & (corner < 8)
-        largest_s, scale_s = _corners(pointers_s, student_k, classes, rate, inside)
-        largest_t, scale_t = _corners(pointers_t, teacher_k, classes, rate, inside)
+        largest_s, scale_s = _corners(pointers_s, s_k, classes, rate, inside)
+        largest_t, scale_t = _corners(pointers_t, t_k, classes, rate, inside)
         for k in range(classes):
             pull = _over_cells(
-                pointers_s,
-                pointers_t,
-                largest_s,
-                largest_t,
-                scale_s,
-                scale_t,
-                rate,
-                inside,
-                cell_d,
-                cell_h,
-                cell_w,
-                D,
-                H,
-                W,
-                fine_d,
-                fine_h,
-                fine_w,
-                steps_d,
-                steps_h,
-                steps_w,
-                side,
-                SLOPE=True,
-            )
+                pointers_s, pointers_t, largest_s, largest_t, scale_s, scale_t, rate, inside, cell_d, cell_h, cell_w,
+                D, H, W, fine_d, fine_h, fine_w, steps_d, steps_h, steps_w, side, SLOPE=True,
+            )  # fmt: skip
             pull = tl.where(real, pull, 0.0)
-            pointers_s += student_k
-            pointers_t += teacher_k
+            pointers_s += s_k
+            pointers_t += t_k
             slope -= tl.where(every_k == k, pull[None, :], 0.0)
     inside = existing[None, :] & (every_k < classes)
-    offsets = b * student_b + every_k * student_k + v[None, :] * student_v
+    offsets = b * s_b + every_k * s_k + v[None, :] * s_v
     a = tl.load(student + offsets, mask=inside, other=0.0).to(tl.float32) * rate
     a = tl.where(every_k < classes, a, float("-inf"))
     e = tl.exp(a - tl.max(a, axis=0)[None, :])
     q = e / tl.sum(e, axis=0)[None, :]
     slope = tl.load(scale + b) * q * (slope - tl.sum(q * slope, axis=0)[None, :])
-    offsets = b * result_b + every_k * result_k + v[None, :] * result_v
+    offsets = b * r_b + every_k * r_k + v[None, :] * r_v
     tl.store(result + offsets, slope.to(result.dtype.element_ty), mask=inside)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float, scale_factor: int) -> Tensor:
     """The clamped divergence (B,) of up-sampled probabilities, in float32."""
-    zs, zt = student.flatten(2), teacher.flatten(2)
+    zs, zt = flatten_voxels(student), flatten_voxels(teacher)
     batch, classes, voxels = zs.shape
     partial = torch.empty(batch, triton.cdiv(voxels, _BLOCK), dtype=torch.float32, device=zs.device)
     geometry, fine_voxels = _geometry(student, scale_factor)
-    if batch:
-        count_launch("pixel_upsampled_divergence")
-        with torch.cuda.device_of(zs):
-            _divergence[partial.shape[1], batch](
-                zs, zt, partial, *zs.stride(), *zt.stride(), *geometry, classes, 1 / temperature, _BLOCK
-            )
+    maps = (*with_strides(zs), *with_strides(zt))
+    grid = (partial.shape[1], batch)
+    launch(_divergence, grid, *maps, partial, *geometry, classes, 1 / temperature, BLOCK=_BLOCK)
     return partial.sum(1) * (temperature**2 / (classes * fine_voxels))
 
 
 def gradient(upstream: Tensor, student: Tensor, teacher: Tensor, temperature: float, scale_factor: int) -> Tensor:
-    """Gradient for the student's logits, computed in float32."""
-    zs, zt = student.flatten(2), teacher.flatten(2)
+    """Gradient of the student's logits, in their dtype, computed in float32."""
+    zs, zt, result = flatten_voxels(student), flatten_voxels(teacher), empty_gradient(student)
     batch, classes, voxels = zs.shape
-    result = torch.empty_like(zs)
     geometry, fine_voxels = _geometry(student, scale_factor)
     scale = upstream.to(torch.float32) * (temperature / (classes * fine_voxels))
-    if batch:
-        count_launch("pixel_upsampled_gradient")
-        with torch.cuda.device_of(zs):
-            _gradient[triton.cdiv(voxels, _BLOCK), batch](
-                zs,
-                zt,
-                scale,
-                result,
-                *zs.stride(),
-                *zt.stride(),
-                *result.stride(),
-                *geometry,
-                classes,
-                1 / temperature,
-                triton.next_power_of_2(classes),
-                _BLOCK,
-            )
-    return result.view(student.shape)
+    maps = (*with_strides(zs), *with_strides(zt), *with_strides(flatten_voxels(result)))
+    grid = (triton.cdiv(voxels, _BLOCK), batch)
+    padded = triton.next_power_of_2(classes)
+    launch(_gradient, grid, *maps, scale, *geometry, classes, 1 / temperature, K=padded, BLOCK=_BLOCK)
+    return result
 
 
 def _geometry(student: Tensor, scale_factor: int) -> tuple[tuple[int, ...], int]:

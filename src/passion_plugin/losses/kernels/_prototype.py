@@ -16,15 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from passion_plugin.losses._common import count_launch
-from passion_plugin.losses._prototype_op import EPS, Passes
-
-__all__ = ["PASSES"]
+from passion_plugin.losses._common import COSINE_EPS
+from passion_plugin.losses.kernels import launch, with_strides
 
 # Rows of sums then take about K / 1024 of what features take in float32, whatever the number of channels.
 _SPAN = 1024
 
-_EPS_SQUARED = tl.constexpr(EPS**2)
+_EPS_SQUARED = tl.constexpr(COSINE_EPS**2)
 
 
 @triton.jit
@@ -43,19 +41,9 @@ def _load_rows(pointer, b, k, c, classes, channels):
 
 @triton.jit
 def _load_members(
-    labels,
-    b,
-    k,
-    v,
-    stride_b,
-    stride_k,
-    stride_v,
-    classes,
-    voxels,
-    ignore_index,
-    REGIONS: tl.constexpr,
-    IGNORE: tl.constexpr,
-):
+    labels, b, k, v, stride_b, stride_k, stride_v, classes, voxels, ignore_index,
+    REGIONS: tl.constexpr, IGNORE: tl.constexpr,
+):  # fmt: skip
     """Which voxels belong to which class, (k, v) of 0.0 and 1.0."""
     inside = (k[:, None] < classes) & (v[None, :] < voxels)
     if REGIONS:
@@ -134,7 +122,7 @@ def _gap_sums_kernel(
     cs, ct = tl.arange(0, BLOCK_S).to(tl.int64), tl.arange(0, BLOCK_T).to(tl.int64)
     us = _load_rows(directions_s, b, k, cs, classes, student_channels)
     ut = _load_rows(directions_t, b, k, ct, classes, teacher_channels)
-    turn = tl.zeros((BLOCK_K, BLOCK_S), tl.float32)
+    grad_direction = tl.zeros((BLOCK_K, BLOCK_S), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     sizes = tl.zeros((BLOCK_K,), tl.float32)
     for step in range(STEPS):
@@ -146,10 +134,10 @@ def _gap_sums_kernel(
         gap = _without_ignored(similarity - target, labels, b, v, y_b, y_v, voxels, ignore_index, IGNORE)
         squares += tl.sum(gap * gap, axis=1)
         sizes += tl.sum(tl.abs(gap), axis=1)
-        turn += tl.dot(gap * scale[None, :], tl.trans(f), input_precision="ieee")
+        grad_direction += tl.dot(gap * scale[None, :], tl.trans(f), input_precision="ieee")
     row = b * tl.num_programs(0) + block
     width = student_channels + 2
-    _store_columns(rows, row, k, cs, turn, classes, width, 0, student_channels)
+    _store_columns(rows, row, k, cs, grad_direction, classes, width, 0, student_channels)
     last = rows + (row * classes + k) * width + student_channels
     tl.store(last, squares, mask=k < classes)
     tl.store(last + 1, sizes, mask=k < classes)
@@ -158,7 +146,7 @@ def _gap_sums_kernel(
 @triton.jit
 def _feature_gradient_kernel(
     student, s_b, s_c, s_v, teacher, t_b, t_c, t_v, labels, y_b, y_k, y_v, directions_s, directions_t,
-    slopes, pull, gradient, g_b, g_c, g_v, voxels, classes, student_channels, teacher_channels, ignore_index,
+    slopes, grad_sums, gradient, g_b, g_c, g_v, voxels, classes, student_channels, teacher_channels, ignore_index,
     REGIONS: tl.constexpr, IGNORE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +166,7 @@ def _feature_gradient_kernel(
     radial = tl.where(bounded, 0.0, tl.sum(similarity * slope, axis=0) * scale)
     member = _load_members(labels, b, k, v, y_b, y_k, y_v, classes, voxels, ignore_index, REGIONS, IGNORE)
     result = tl.dot(tl.trans(us), slope, input_precision="ieee") - f * radial[None, :]
-    by_sums = _load_rows(pull, b, k, cs, classes, student_channels)
+    by_sums = _load_rows(grad_sums, b, k, cs, classes, student_channels)
     result += tl.dot(tl.trans(by_sums), member, input_precision="ieee")
     tl.store(
         gradient + b * g_b + cs[:, None] * g_c + v[None, :] * g_v,
@@ -187,78 +175,58 @@ def _feature_gradient_kernel(
     )
 
 
-def _class_sums(
-    student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    widths = (student.shape[1], teacher.shape[1], 1)
-    total = _sum_rows(_class_sums_kernel, student, teacher, labels, (), num_classes, sum(widths), ignore_index)
+Maps = tuple[Tensor, Tensor, Tensor]
+"""Features of the student (B, Cs, V) and of the teacher (B, Ct, V), class numbers (B, V) or masks (B, K, V)."""
+
+
+def class_sums(maps: Maps, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the features of each class, (B, K, Cs) and (B, K, Ct), and its number of voxels (B, K)."""
+    widths = (maps[0].shape[1], maps[1].shape[1], 1)
+    total = _sum_rows(_class_sums_kernel, maps, (), num_classes, sum(widths), ignore_index)
     sums_s, sums_t, counts = total.split(widths, -1)
     return sums_s, sums_t, counts.squeeze(-1)
 
 
-def _gap_sums(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    directions_s: Tensor,
-    directions_t: Tensor,
-    ignore_index: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    directions, (classes, width) = (directions_s, directions_t), directions_s.shape[1:]
-    total = _sum_rows(_gap_sums_kernel, student, teacher, labels, directions, classes, width + 2, ignore_index)
+def gap_sums(maps: Maps, directions: tuple[Tensor, Tensor], ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over voxels of the squared and the absolute gap, (B, K) each, and of gap times f / l (B, K, Cs)."""
+    _, classes, width = directions[0].shape
+    total = _sum_rows(_gap_sums_kernel, maps, directions, classes, width + 2, ignore_index)
     return total[..., -2], total[..., -1], total[..., :-2]
 
 
-def _sum_rows(
-    kernel: Any,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    directions: tuple[Tensor, ...],
-    num_classes: int,
-    width: int,
-    ignore_index: int | None,
+def feature_gradient(
+    maps: Maps, directions: tuple[Tensor, Tensor], slopes: Tensor, grad_sums: Tensor, ignore_index: int | None
 ) -> Tensor:
-    """Sums (B, K, width) over all voxels."""
-    maps, sizes, tile = _arguments(student, teacher, labels, num_classes, ignore_index)
-    steps = _SPAN // tile["BLOCK_V"]
-    grid = (triton.cdiv(student.shape[2], _SPAN), len(student))
-    rows = torch.empty(len(student), grid[0], num_classes, width, dtype=torch.float32, device=student.device)
-    _launch(kernel, grid, *maps, *(small.contiguous() for small in directions), rows, *sizes, STEPS=steps, **tile)
-    return rows.sum(1)
-
-
-def _feature_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    directions_s: Tensor,
-    directions_t: Tensor,
-    slopes: Tensor,
-    pull: Tensor,
-    ignore_index: int | None,
-) -> Tensor:
-    maps, sizes, tile = _arguments(student, teacher, labels, slopes.shape[1], ignore_index)
-    gradient = torch.empty_like(student)
-    small = (tensor.contiguous() for tensor in (directions_s, directions_t, slopes, pull))
-    grid = (triton.cdiv(student.shape[2], tile["BLOCK_V"]), len(student))
-    _launch(_feature_gradient_kernel, grid, *maps, *small, gradient, *gradient.stride(), *sizes, **tile)
+    """Gradient (B, Cs, V) of the student's features, in their dtype."""
+    arguments, sizes, tile = _arguments(maps, slopes.shape[1], ignore_index)
+    gradient = torch.empty_like(maps[0])
+    small = (tensor.contiguous() for tensor in (*directions, slopes, grad_sums))
+    grid = (triton.cdiv(gradient.shape[2], tile["BLOCK_V"]), len(gradient))
+    launch(_feature_gradient_kernel, grid, *arguments, *small, *with_strides(gradient), *sizes, **tile)
     return gradient
 
 
+def _sum_rows(
+    kernel: Any, maps: Maps, directions: tuple[Tensor, ...], num_classes: int, width: int, ignore_index: int | None
+) -> Tensor:
+    """Sums (B, K, width) over all voxels."""
+    arguments, sizes, tile = _arguments(maps, num_classes, ignore_index)
+    batch, _, voxels = maps[0].shape
+    grid = (triton.cdiv(voxels, _SPAN), batch)
+    rows = torch.empty(batch, grid[0], num_classes, width, dtype=torch.float32, device=maps[0].device)
+    small = (tensor.contiguous() for tensor in directions)
+    launch(kernel, grid, *arguments, *small, rows, *sizes, STEPS=_SPAN // tile["BLOCK_V"], **tile)
+    return rows.sum(1)
+
+
 def _arguments(
-    student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None
-) -> tuple[list[Any], list[int], dict[str, int]]:
+    maps: Maps, num_classes: int, ignore_index: int | None
+) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, int]]:
     """What all kernels take: three maps with strides, sizes, and the shape of a tile."""
-    if labels.dtype == torch.bool:
-        labels = labels.view(torch.uint8)
-    stride_b, *stride_k, stride_v = labels.stride()
-    maps = [student, *student.stride(), teacher, *teacher.stride(), labels, stride_b, *(stride_k or [0]), stride_v]
-    sizes = [student.shape[2], num_classes, student.shape[1], teacher.shape[1], ignore_index or 0]
+    student, teacher, labels = maps
+    sizes = (student.shape[2], num_classes, student.shape[1], teacher.shape[1], ignore_index or 0)
     # tl.dot wants 16 or more on each side.
-    block_k, block_s, block_t = (
-        max(16, triton.next_power_of_2(size)) for size in (num_classes, student.shape[1], teacher.shape[1])
-    )
+    block_k, block_s, block_t = (max(16, triton.next_power_of_2(size)) for size in sizes[1:4])
     widest = max(block_k, block_s, block_t)
     tile = {
         "REGIONS": labels.ndim == 3,
@@ -271,13 +239,4 @@ def _arguments(
         "num_warps": max(4, widest // 16),
         "num_stages": 2,
     }
-    return maps, sizes, tile
-
-
-def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **settings: int) -> None:
-    count_launch(f"prototype{kernel.__name__.removesuffix('_kernel')}")
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **settings)
-
-
-PASSES = Passes(_class_sums, _gap_sums, _feature_gradient)
+    return (*with_strides(student), *with_strides(teacher), *with_strides(labels)), sizes, tile

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`passion_plugin.ops.segmentation`, in tiles of all classes by a block of voxels.
+"""Triton kernels of :mod:`passion_plugin.losses.segmentation_loss`, in tiles of all classes by a block of voxels.
 
 Forward reads the logits in one kernel, which leaves partial sums per program, and adds those up in a second one.
 Backward is one kernel. Nothing is added atomically, so the same input gives the same bits.
@@ -9,17 +9,17 @@ Backward is one kernel. Nothing is added atomically, so the same input gives the
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from passion_plugin.losses import _segmentation_eager as eager
-from passion_plugin.losses._common import count_launch
+from passion_plugin.losses._common import DICE_EPS, empty_gradient, flatten_both, flatten_voxels
+from passion_plugin.losses.kernels import launch, with_strides
 
-__all__ = ["gradient", "losses_and_sums"]
-
-_EPS = tl.constexpr(eager.EPS)
+_EPS = tl.constexpr(DICE_EPS)
 
 # Logits in a tile: few enough for registers, enough to keep many loads in flight.
 _TILE = 2048
@@ -29,10 +29,10 @@ _PARTIALS = 8192
 
 
 def losses_and_sums(
-    logits: Tensor, labels: Tensor, regions: bool, lowest: float, ignore_index: int | None
+    logits: Tensor, labels: Tensor, lowest: float, ignore_index: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy (B,), Dice loss (B,) and the sums (B, 6, K) in float32, as the eager body gives them."""
-    z, y = _flat(logits, labels, regions)
+    """Cross-entropy (B,), Dice loss (B,) and the sums (B, 6, K) in float32, as the eager code gives them."""
+    z, y = flatten_both(logits, labels)
     batch, classes, voxels = z.shape
     rows, block = _tile_shape(classes)
     blocks = triton.cdiv(voxels, block)
@@ -41,88 +41,35 @@ def losses_and_sums(
     partials = z.new_empty((batch, 6, classes, programs), dtype=torch.float32)
     sums = z.new_empty((batch, 6, classes), dtype=torch.float32)
     entropy, dice = sums.new_empty(batch), sums.new_empty(batch)
-    count_launch("segmentation")
-    with torch.cuda.device_of(z):
-        _partial_sums[(programs, batch)](
-            z,
-            y,
-            partials,
-            classes,
-            voxels,
-            tiles,
-            *z.stride(),
-            *_strides(y),
-            -eager.log(lowest),
-            ignore_index or 0,
-            IGNORES=ignore_index is not None,
-            REGIONS=regions,
-            ROWS=rows,
-            BLOCK=block,
-        )
-        _finish[(batch,)](
-            partials,
-            sums,
-            entropy,
-            dice,
-            classes,
-            programs,
-            REGIONS=regions,
-            ROWS=rows,
-            PROGRAMS=triton.next_power_of_2(programs),
-        )
+    highest = -math.log(lowest) if lowest else math.inf
+    sizes = (classes, voxels, tiles, highest, ignore_index or 0)
+    tile = {"IGNORES": ignore_index is not None, "REGIONS": y.ndim == 3, "ROWS": rows, "BLOCK": block}
+    launch(_partial_sums, (programs, batch), *with_strides(z), *with_strides(y), partials, *sizes, **tile)
+    padded = triton.next_power_of_2(programs)
+    settings = {"REGIONS": y.ndim == 3, "ROWS": rows, "PROGRAMS": padded}
+    launch(_finish, (batch,), partials, sums, entropy, dice, classes, programs, **settings)
     return entropy, dice, sums
 
 
 def gradient(
     to_entropy: Tensor,
     to_dice: Tensor,
-    sums: Tensor,
     logits: Tensor,
     labels: Tensor,
-    regions: bool,
+    sums: Tensor,
     lowest: float,
     ignore_index: int | None,
 ) -> Tensor:
-    """Gradient of the logits, in their dtype, as the eager body gives it."""
-    z, y = _flat(logits, labels, regions)
+    """Gradient of the logits, in their dtype, as the eager code gives it."""
+    (z, y), result = flatten_both(logits, labels), empty_gradient(logits)
     batch, classes, voxels = z.shape
     rows, block = _tile_shape(classes)
-    result = torch.empty_like(z)
-    count_launch("segmentation_gradient")
-    with torch.cuda.device_of(z):
-        _gradient[(triton.cdiv(voxels, block), batch)](
-            to_entropy,
-            to_dice,
-            sums,
-            z,
-            y,
-            result,
-            classes,
-            voxels,
-            to_entropy.stride(0),
-            to_dice.stride(0),
-            *z.stride(),
-            *_strides(y),
-            *result.stride(),
-            lowest,
-            ignore_index or 0,
-            IGNORES=ignore_index is not None,
-            REGIONS=regions,
-            ROWS=rows,
-            BLOCK=block,
-        )
-    return result.view(logits.shape)
-
-
-def _flat(logits: Tensor, labels: Tensor, regions: bool) -> tuple[Tensor, Tensor]:
-    """Logits (B, K, V) and labels (B, V) or (B, K, V), in place where the voxels have one stride."""
-    masks = labels.view(torch.uint8) if labels.dtype == torch.bool else labels
-    return logits.flatten(2), masks.flatten(2 if regions else 1)
-
-
-def _strides(labels: Tensor) -> tuple[int, int, int]:
-    """Strides of sample, class and voxel."""
-    return labels.stride(0), labels.stride(1) if labels.ndim == 3 else 0, labels.stride(-1)
+    maps = (*with_strides(z), *with_strides(y), *with_strides(flatten_voxels(result)))
+    upstream = (to_entropy, to_entropy.stride(0), to_dice, to_dice.stride(0))
+    tile = {"IGNORES": ignore_index is not None, "REGIONS": y.ndim == 3, "ROWS": rows, "BLOCK": block}
+    grid = (triton.cdiv(voxels, block), batch)
+    launch(_gradient, grid, *maps, *upstream, sums, classes, voxels, lowest, ignore_index or 0, **tile)
+    return result
 
 
 def _tile_shape(classes: int) -> tuple[int, int]:
@@ -132,8 +79,7 @@ def _tile_shape(classes: int) -> tuple[int, int]:
 
 @triton.jit
 def _partial_sums(
-    logits, labels, partials, K, V, tiles,
-    logits_b, logits_k, logits_v, labels_b, labels_k, labels_v, highest, ignore,
+    logits, logits_b, logits_k, logits_v, labels, labels_b, labels_k, labels_v, partials, K, V, tiles, highest, ignore,
     IGNORES: tl.constexpr, REGIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The six sums over ``tiles`` tiles, to partials (B, 6, K, programs)."""
@@ -206,11 +152,11 @@ def _finish(
 
 @triton.jit
 def _gradient(
-    to_entropy, to_dice, sums, logits, labels, result, K, V, entropy_b, dice_b,
-    logits_b, logits_k, logits_v, labels_b, labels_k, labels_v, result_b, result_k, result_v, lowest, ignore,
+    logits, logits_b, logits_k, logits_v, labels, labels_b, labels_k, labels_v, result, result_b, result_k, result_v,
+    to_entropy, entropy_b, to_dice, dice_b, sums, K, V, lowest, ignore,
     IGNORES: tl.constexpr, REGIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile; the arithmetic is that of the eager body."""
+    """Gradient of one tile; the arithmetic is that of the eager code."""
     batch = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, ROWS).to(tl.int64)
     sums += batch * 6 * K + k

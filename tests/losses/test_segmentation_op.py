@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, InputError
-from passion_plugin.losses import _common as _dispatch
-from passion_plugin.losses import dice_loss, segmentation_loss, weighted_cross_entropy
-from passion_plugin.losses._segmentation_op import plain_segmentation, segmentation, segmentation_gradient
+from passion_plugin.losses import _common, dice_loss, segmentation_loss, weighted_cross_entropy
+from passion_plugin.losses._segmentation import _segmentation_gradient_op, _segmentation_op, plain_segmentation
 
 # regions, lowest, ignore_index
 KINDS = {
@@ -40,7 +39,9 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses and the gradient of the logits; ``backend=None``: by the definition."""
     leaf = z.detach().requires_grad_()
-    ce, dice = (segmentation(leaf, y, *kind, backend) if backend else plain_segmentation(leaf, y, *kind))[:2]
+    settings = kind[1:]
+    losses = _segmentation_op(leaf, y, *settings, backend) if backend else plain_segmentation(leaf, y, *settings)
+    ce, dice = losses[:2]
     if upstream is None:
         upstream = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, -0.25]])[:, : len(z)]
     return ce.detach(), dice.detach(), torch.autograd.grad((ce, dice), leaf, tuple(upstream.to(ce.dtype)))[0]
@@ -57,7 +58,7 @@ def test_equals_its_definition(kind: Kind, shape: tuple[int, ...]) -> None:
 def test_cutting_the_volume_into_chunks_changes_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     z, y = make(kind, (2, 2, 40, 60))
     whole = run(z, y, kind)
-    monkeypatch.setattr(_dispatch, "_CHUNK_ELEMENTS", 1)  # the smallest chunk is 1024 voxels
+    monkeypatch.setattr(_common, "_CHUNK_ELEMENTS", 1)  # the smallest chunk is 1024 voxels
     torch.testing.assert_close(run(z, y, kind), whole)
 
 
@@ -66,10 +67,10 @@ def test_cutting_the_volume_into_chunks_changes_nothing(kind: Kind, monkeypatch:
 def test_opcheck(kind: Kind, dtype: torch.dtype) -> None:
     z, y = make(kind)
     z = z.to(dtype)
-    sums = segmentation(z, y, *kind, "eager")[2]
-    torch.library.opcheck(segmentation, (z.requires_grad_(), y, *kind, "eager"))
+    sums = _segmentation_op(z, y, *kind[1:], "eager")[2]
+    torch.library.opcheck(_segmentation_op, (z.requires_grad_(), y, *kind[1:], "eager"))
     upstream = sums.new_tensor([[1.0, -2.0], [0.5, 3.0]])
-    torch.library.opcheck(segmentation_gradient, (*upstream, sums, z.detach(), y, *kind, "eager"))
+    torch.library.opcheck(_segmentation_gradient_op, (*upstream, z.detach(), y, sums, *kind[1:], "eager"))
 
 
 @each_kind
@@ -77,7 +78,7 @@ def test_first_and_second_derivatives(kind: Kind) -> None:
     z, y = make(kind, (2, 3, 2, 2), scale=1.0)
 
     def losses(logits: Tensor) -> tuple[Tensor, ...]:
-        return segmentation(logits, y, *kind, "eager")[:2]
+        return _segmentation_op(logits, y, *kind[1:], "eager")[:2]
 
     assert torch.autograd.gradcheck(losses, z.requires_grad_())
     assert torch.autograd.gradgradcheck(losses, z)
@@ -142,7 +143,7 @@ def test_zero_upstream_gradient_and_a_second_backward(kind: Kind) -> None:
     z, y = make(kind)
     assert not run(z, y, kind, torch.zeros(2, 2))[2].any()
     leaf = z.requires_grad_()
-    ce, dice, _ = segmentation(leaf, y, *kind, "eager")
+    ce, dice, _ = _segmentation_op(leaf, y, *kind[1:], "eager")
     first, second = (torch.autograd.grad((ce + dice).sum(), leaf, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -152,19 +153,6 @@ def test_memory_is_written_before_it_is_read(kind: Kind, poisoned: None) -> None
     z, y = make(kind)
     for value in run(z, y, kind):
         assert value.isfinite().all()
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        allocate = getattr(owner, name)
-
-        def filled(*args: object, _allocate: object = allocate, **kwargs: object) -> Tensor:
-            tensor = _allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(owner, name, filled)
 
 
 @each_kind
@@ -185,9 +173,9 @@ def test_backward_inside_autocast_stays_in_float32() -> None:
     (wanted,) = torch.autograd.grad(segmentation_loss(leaf, y).sum(), leaf)
     with torch.autocast("cpu", torch.bfloat16):
         (found,) = torch.autograd.grad(segmentation_loss(leaf, y).sum(), leaf)
-        (ensure_requires_grad,) = torch.autograd.grad(segmentation_loss(leaf, y).sum(), leaf, create_graph=True)
+        (differentiable,) = torch.autograd.grad(segmentation_loss(leaf, y).sum(), leaf, create_graph=True)
     assert torch.equal(found, wanted)
-    torch.testing.assert_close(ensure_requires_grad, wanted)
+    torch.testing.assert_close(differentiable, wanted)
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept_but_the_logits() -> None:
@@ -195,7 +183,7 @@ def test_nothing_of_the_size_of_the_logits_is_kept_but_the_logits() -> None:
     leaf = z.bfloat16().requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        segmentation(leaf, y, *KINDS["classes"], "eager")
+        _segmentation_op(leaf, y, *KINDS["classes"][1:], "eager")
     inputs = {leaf.data_ptr(), y.data_ptr()}
     assert all(tensor.data_ptr() in inputs or tensor.numel() == 6 * 3 for tensor in kept)
 

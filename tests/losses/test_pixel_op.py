@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passion_plugin.errors import ConfigError
-from passion_plugin.losses import _common as _dispatch
-from passion_plugin.losses import _pixel_eager as _pixel_eager
+from passion_plugin.losses import _common, _pixel
 from passion_plugin.losses import pixel_distillation as loss_function
-from passion_plugin.losses._pixel_op import pixel_distillation, pixel_distillation_gradient, plain_pixel_distillation
+from passion_plugin.losses._pixel import _pixel_gradient_op, _pixel_op, plain_pixel_distillation
 
 # kind, scale_factor
 KINDS = {
@@ -41,9 +40,7 @@ def run(
     """The divergence and its gradient; ``backend=None``: by the definition."""
     leaf = student.detach().requires_grad_()
     value = (
-        pixel_distillation(leaf, teacher, T, *kind, backend)
-        if backend
-        else plain_pixel_distillation(leaf, teacher, T, *kind)
+        _pixel_op(leaf, teacher, T, *kind, backend) if backend else plain_pixel_distillation(leaf, teacher, T, *kind)
     )
     if upstream is None:
         upstream = torch.tensor([1.0, -2.5, 0.0])[: len(student)]
@@ -64,9 +61,9 @@ def test_cutting_the_volume_into_pieces_changes_nothing(
 ) -> None:
     pair = make(shape)
     whole = run(*pair, kind)
-    monkeypatch.setattr(_dispatch, "_CHUNK_ELEMENTS", 1)  # the smallest chunk is 1024 voxels
+    monkeypatch.setattr(_common, "_CHUNK_ELEMENTS", 1)  # the smallest chunk is 1024 voxels
     for elements in (1, 5000):
-        monkeypatch.setattr(_pixel_eager, "_SLAB_ELEMENTS", elements)
+        monkeypatch.setattr(_pixel, "_SLAB_ELEMENTS", elements)
         torch.testing.assert_close(run(*pair, kind), whole)
 
 
@@ -75,8 +72,8 @@ def test_cutting_the_volume_into_pieces_changes_nothing(
 def test_opcheck(kind: Kind, dtype: torch.dtype) -> None:
     student, teacher = (z.to(dtype) for z in make())
     upstream = torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
-    torch.library.opcheck(pixel_distillation, (student.requires_grad_(), teacher, T, *kind, "eager"))
-    torch.library.opcheck(pixel_distillation_gradient, (upstream, student.detach(), teacher, T, *kind, "eager"))
+    torch.library.opcheck(_pixel_op, (student.requires_grad_(), teacher, T, *kind, "eager"))
+    torch.library.opcheck(_pixel_gradient_op, (upstream, student.detach(), teacher, T, *kind, "eager"))
 
 
 @each_kind
@@ -85,7 +82,7 @@ def test_opcheck_of_other_layouts(kind: Kind) -> None:
     student = student.to(memory_format=torch.channels_last_3d)
     for z in (student, student.transpose(0, -1).contiguous().transpose(0, -1), student[..., ::2]):
         arguments = (z.detach().requires_grad_(), teacher[..., : z.shape[-1]], T, *kind, "eager")
-        torch.library.opcheck(pixel_distillation, arguments)
+        torch.library.opcheck(_pixel_op, arguments)
 
 
 @each_kind
@@ -93,7 +90,7 @@ def test_first_and_second_derivatives(kind: Kind) -> None:
     student, teacher = make((2, 3, 2, 3), scale=1.0)
 
     def loss(z: Tensor) -> Tensor:
-        return pixel_distillation(z, teacher, T, *kind, "eager")
+        return _pixel_op(z, teacher, T, *kind, "eager")
 
     assert torch.autograd.gradcheck(loss, student.requires_grad_())
     assert torch.autograd.gradgradcheck(loss, student)
@@ -132,7 +129,7 @@ def test_saturated_logits(kind: Kind) -> None:
 def test_zero_upstream_gradient_and_a_second_backward(kind: Kind) -> None:
     student, teacher = make()
     assert not run(student, teacher, kind, torch.zeros(2))[1].any()
-    value = pixel_distillation(student.requires_grad_(), teacher, T, *kind, "eager").sum()
+    value = _pixel_op(student.requires_grad_(), teacher, T, *kind, "eager").sum()
     first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -140,7 +137,7 @@ def test_zero_upstream_gradient_and_a_second_backward(kind: Kind) -> None:
 @each_kind
 def test_only_what_needs_a_gradient_gets_one(kind: Kind) -> None:
     student, teacher = make()
-    value = pixel_distillation(student, teacher.requires_grad_(), T, *kind, "eager")
+    value = _pixel_op(student, teacher.requires_grad_(), T, *kind, "eager")
     assert torch.autograd.grad(value.sum(), teacher, allow_unused=True) == (None,)
 
 
@@ -151,19 +148,6 @@ def test_memory_format_of_the_gradient_is_that_of_the_student(kind: Kind) -> Non
     found = run(student.to(memory_format=torch.channels_last_3d), teacher, kind)
     torch.testing.assert_close(found, expected)
     assert found[1].is_contiguous(memory_format=torch.channels_last_3d)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        allocate = getattr(owner, name)
-
-        def filled(*args: object, _allocate: object = allocate, **kwargs: object) -> Tensor:
-            tensor = _allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(owner, name, filled)
 
 
 @each_kind
@@ -209,11 +193,12 @@ def test_no_full_resolution_tensor_and_nothing_of_the_logits_size_is_kept() -> N
 
     leaf = student.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = pixel_distillation(leaf, teacher, T, "clamped", 4, "eager")
+        value = _pixel_op(leaf, teacher, T, "clamped", 4, "eager")
     assert set(kept) == {z.untyped_storage().data_ptr() for z in (leaf, teacher)}
     with Watch():
-        _pixel_eager.divergence(leaf.detach(), teacher, T, "clamped", 4)
-        _pixel_eager.gradient(torch.ones(1), leaf.detach(), teacher, T, "clamped", 4)
+        # The bodies themselves: what runs inside of an operator is hidden from the mode.
+        _pixel_op._init_fn(leaf.detach(), teacher, T, "clamped", 4, "eager")
+        _pixel_gradient_op._init_fn(torch.ones(1), leaf.detach(), teacher, T, "clamped", 4, "eager")
     assert value.isfinite().all()
     assert student.nbytes <= largest <= student.nbytes * 4**3 / 4
 

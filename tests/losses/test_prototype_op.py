@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from passion_plugin.errors import ConfigError, InputError
-from passion_plugin.losses import _common as _dispatch
-from passion_plugin.losses import prototype_distillation
-from passion_plugin.losses._prototype_op import plain_prototype_distillation
-from passion_plugin.losses._prototype_op import prototype_distillation as operation
-from passion_plugin.losses._prototype_op import prototype_distillation_backward as backward_operation
+from passion_plugin.losses import _common, prototype_distillation
+from passion_plugin.losses._prototype import _prototype_gradient_op, _prototype_op, plain_prototype_distillation
 
 K = 4
 
@@ -41,17 +38,17 @@ def gradient(loss: Tensor, student: Tensor, upstream: Tensor | None = None) -> T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_operations_pass_opcheck(settings: tuple[Any, ...], dtype: torch.dtype) -> None:
     student, teacher, y = problem(3, 5, dtype=dtype)
-    torch.library.opcheck(operation, (student, teacher, y, *settings))
-    _, _, *small = operation(student, teacher, y, *settings)
-    fixed = (student.detach(), teacher, y, *small, *settings[2:])
-    torch.library.opcheck(backward_operation, (torch.rand(2), *fixed))
+    torch.library.opcheck(_prototype_op, (student, teacher, y, *settings))
+    _, _, *small = _prototype_op(student, teacher, y, *settings)
+    fixed = (student.detach(), teacher, y, *small, *settings)
+    torch.library.opcheck(_prototype_gradient_op, (torch.rand(2), *fixed))
 
 
 def test_operations_pass_opcheck_with_masks_and_channels_last() -> None:
     student, teacher, y = problem(2, 3, 4)
     student = student.detach().to(memory_format=torch.channels_last_3d).requires_grad_()
     masks = y.unsqueeze(1) == torch.arange(K).view(1, K, 1, 1, 1)
-    torch.library.opcheck(operation, (student, teacher, masks, K, False, None, "eager"))
+    torch.library.opcheck(_prototype_op, (student, teacher, masks, K, False, None, "eager"))
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -61,7 +58,7 @@ def test_equals_its_plain_definition(official: bool, ignore_index: int | None) -
     y[1].clamp_(max=1)
     y[:, 0, 0] = 255 if ignore_index == 255 else 2
     settings = (K, official, ignore_index)
-    loss, distance, *_ = operation(student, teacher, y, *settings, "eager")
+    loss, distance, *_ = _prototype_op(student, teacher, y, *settings, "eager")
     plain = plain_prototype_distillation(student, teacher, y, *settings)
     torch.testing.assert_close((loss, distance), plain, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(gradient(loss, student), gradient(plain[0], student), rtol=1e-10, atol=1e-15)
@@ -73,7 +70,7 @@ def test_pieces_of_a_volume_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch,
     labels = torch.rand(2, K, 13, 15, 17) < 0.3 if regions else y
     whole = terms(student, teacher, labels)
     expected = gradient(whole[0], student)
-    monkeypatch.setattr(_dispatch, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(_common, "_CHUNK_ELEMENTS", 1)
     pieces = terms(student, teacher, labels)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient(pieces[0], student), expected, rtol=1e-10, atol=1e-15)

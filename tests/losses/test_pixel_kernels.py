@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from test_ops_pixel import KINDS, Kind, T, each_kind, make, poisoned, run
+from test_pixel_op import KINDS, Kind, T, each_kind, make, run
 
-from passion_plugin.losses._common import launches
-from passion_plugin.losses._pixel_op import pixel_distillation
-
-__all__ = ["poisoned"]
+from passion_plugin.losses._pixel import _pixel_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 3, 3, 5), (1, 2, 1, 1), (1, 3, 1, 2, 3)]
@@ -40,12 +39,10 @@ def assert_exact(student: Tensor, teacher: Tensor, kind: Kind, upstream: Tensor 
 
 @each_kind
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_definition(kind: Kind, shape: tuple[int, ...]) -> None:
-    before = launches()
+def test_equals_the_definition(kind: Kind, shape: tuple[int, ...], launches: Counter[str]) -> None:
     assert_exact(*place(*make(shape)), kind)
-    prefix = "pixel_upsampled" if kind[1] > 1 else "pixel"
-    for name in (f"{prefix}_divergence", f"{prefix}_gradient"):
-        assert launches()[name] == before.get(name, 0) + 1
+    module = "_pixel_upsampled" if kind[1] > 1 else "_pixel"
+    assert launches == {f"{module}._divergence": 1, f"{module}._gradient": 1}
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "clamped"])
@@ -112,7 +109,7 @@ def test_any_layout(kind: Kind) -> None:
 def test_zero_and_expanded_upstream_gradients_and_a_second_backward(kind: Kind) -> None:
     student, teacher = place(*make((2, 2, 2, 3)))
     assert not run(student, teacher, kind, torch.zeros(2, device=DEVICE), "triton")[1].any()
-    value = pixel_distillation(student.requires_grad_(), teacher, T, *kind, "triton").sum()
+    value = _pixel_op(student.requires_grad_(), teacher, T, *kind, "triton").sum()
     first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert first.any()
@@ -135,7 +132,7 @@ def test_an_empty_batch(kind: Kind) -> None:
 def test_opcheck(name: str) -> None:
     student, teacher = place(*make((2, 3, 2, 2)))
     torch.library.opcheck(
-        pixel_distillation,
+        _pixel_op,
         (student.requires_grad_(), teacher, T, *KINDS[name], "triton"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
