@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Backend", "Memory", "Mode", "Modulation", "Outputs", "StudentMode"]
-
 Mode = Literal["default", "official"]
 Modulation = Literal["distillation", "encoder", "none"]
 Memory = Literal["default", "low"]

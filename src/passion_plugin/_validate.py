@@ -14,22 +14,6 @@ from torch import Tensor
 from passion_plugin._types import Mode, Outputs
 from passion_plugin.errors import ConfigError, InputError, PassionError, raise_problems, suggest
 
-__all__ = [
-    "Problems",
-    "as_tuple",
-    "check_choice",
-    "check_labels",
-    "check_map",
-    "check_outputs",
-    "check_pair",
-    "describe",
-    "is_int",
-    "is_number",
-    "is_one_of",
-    "modality_problems",
-    "unreadable",
-]
-
 
 def is_one_of(value: Any, choices: Sequence[str]) -> bool:
     """Whether ``value`` is one of some words."""

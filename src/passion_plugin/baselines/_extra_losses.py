@@ -26,8 +26,6 @@ from passion_plugin.errors import BackboneError, ConfigError, raise_problems
 from passion_plugin.losses import resize_labels, segmentation_loss
 from passion_plugin.training import EpochReport, ModalityFrequencies, PreferenceEstimator, Strategy, TrainingStep
 
-__all__ = ["PMR", "RedCore"]
-
 _SMALLEST_SQUARE = 1e-8
 _NEVER_SEEN = -1e9
 

@@ -26,8 +26,6 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError
 from passion_plugin.training import EpochReport, ModalityFrequencies, Strategy, TrainingStep, all_reduce_sum
 
-__all__ = ["AGM", "OGMGE", "shapley_values"]
-
 _LARGEST_EXPONENT = 7.0
 _LARGEST_DIFFERENCE = 80.0  # whose exponential is still a number in float32
 

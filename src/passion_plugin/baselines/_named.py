@@ -12,8 +12,6 @@ from passion_plugin.config import PassionConfig
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 from passion_plugin.training import PassionRule, Plain, Strategy
 
-__all__ = ["named_strategy", "strategy_names"]
-
 _RULES: dict[str, type[Strategy]] = {rule.name: rule for rule in (Plain, OGMGE, AGM, PMR, RedCore)}
 
 _NO_BETA: dict[str, Any] = {"modulation": "none"}

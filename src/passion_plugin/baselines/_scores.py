@@ -13,17 +13,6 @@ from passion_plugin._types import Outputs
 from passion_plugin.losses import resize_labels
 from passion_plugin.training import TrainingStep
 
-__all__ = [
-    "comparable",
-    "compared",
-    "prediction_entropy",
-    "ratio_to_others",
-    "student_scores",
-    "true_class_loss",
-    "true_class_probability",
-    "widened",
-]
-
 
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 at least: sums over a volume overflow in float16 and lose digits in bfloat16."""

@@ -12,8 +12,6 @@ from passion_plugin._validate import is_int, is_number
 from passion_plugin.errors import ConfigError, raise_problems
 from passion_plugin.training import cpu_copies, state_problems
 
-__all__ = ["SlowWeights"]
-
 
 class SlowWeights:
     r"""Average the weights over bursts of training steps (Reptile; Nichol et al. 2018, arXiv:1803.02999).

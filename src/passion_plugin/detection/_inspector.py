@@ -16,8 +16,6 @@ from passion_plugin.detection._report import BackboneReport, batch_norms
 from passion_plugin.detection._student_modes import TrueRuns, choose_student_mode, true_runs, with_student_mode
 from passion_plugin.errors import PassionError, quoted
 
-__all__ = ["Inspector"]
-
 # Relative differences. Convolutions over another number of rows add up in another order.
 _SAME, _SAME_BUT_FOR_ROUNDING = 1e-6, 1e-4
 

@@ -10,8 +10,6 @@ from passion_plugin._types import Outputs
 from passion_plugin._validate import Problems, check_labels, describe, unreadable
 from passion_plugin.errors import BackboneError, InputError
 
-__all__ = ["prepare_target", "resize_labels"]
-
 
 def prepare_target(
     target: Tensor, logits: Tensor, outputs: Outputs, image_size: tuple[int, ...] | None = None
