@@ -666,3 +666,13 @@ class TestStudentsThatAreTheTeacher:
         net = MeanNet(M)
         nn.init.zeros_(net.classifier.weight)
         assert step(wrap(net)).isfinite()
+
+    def test_a_first_batch_that_failed_does_not_count_as_looked_at(self) -> None:
+        net = NoMaskNet(M)
+        spec = spec_of(net, students="replay", mask_argument=None)
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec)
+        x, mask, y = batch([[1, 1, 1]] * 2)
+        with pytest.raises(InputError):
+            model(x * float("nan"), passion_presence=mask, passion_target=y)
+        with pytest.raises(BackboneError, match="the very features of the teacher"):
+            model(x, passion_presence=mask, passion_target=y)
