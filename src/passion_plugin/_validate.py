@@ -122,15 +122,7 @@ _CLASS_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, 
 
 
 class Problems:
-    """Sentences about one call, raised together.
-
-    Args:
-        what: what is being checked, the start of the message.
-
-    Attributes:
-        settings: what is wrong with plain settings.
-        inputs: what is wrong with tensors.
-    """
+    """Sentences about the call of ``what``, on its plain settings and on its tensors, raised together."""
 
     def __init__(self, what: str) -> None:
         self.what = what
