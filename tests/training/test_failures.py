@@ -371,8 +371,6 @@ def _factors(model: PassionWrapper) -> list[float]:
     state = model.passion.strategy.state_dict()
     for key in ("_skipped", "skipped", "_sums", "_counts", "sums", "counts", "samples_seen"):
         state.pop(key, None)
-    if "estimator" in state:
-        state["estimator"] = {key: state["estimator"][key] for key in ("sums", "counts", "beta")}
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     factors = [value for key, value in model.passion.metrics().items() if key.startswith("factor/")]
     return [*factors, *(float(value) for tensor in tensors for value in tensor.flatten())]
