@@ -12,8 +12,6 @@ from passion_plugin.detection._probe import EFFECT, Probe, equality_tolerance, r
 from passion_plugin.detection._report import BackboneReport, BatchBehaviour, MaskBehaviour, batch_norms
 from passion_plugin.errors import PassionError, quoted
 
-__all__ = ["check_batch", "check_mask", "check_modules", "different_masks", "mask_meaning"]
-
 _BLANKED = "Students get a blanked input; keep missing channels blank in your data too"
 
 

@@ -15,8 +15,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from passion_plugin.backbone import Handler
 
-__all__ = ["ClassifierSearch", "Match", "follows"]
-
 _EXACT = 8
 """How many units in the last place a recomputed softmax or interpolation may be off."""
 

@@ -13,8 +13,6 @@ from passion_plugin._validate import as_tuple
 from passion_plugin.backbone import BackboneCall, MaskCodec, batch_size, locate_argument
 from passion_plugin.errors import BackboneError, InputError
 
-__all__ = ["CallConvention", "example_call", "infer_call_convention", "infer_modalities"]
-
 
 @dataclass(frozen=True)
 class CallConvention:

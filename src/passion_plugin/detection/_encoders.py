@@ -18,8 +18,6 @@ from passion_plugin.backbone import Handler, channel_share, maps_in, patched_for
 from passion_plugin.detection._classifier import ClassifierSearch, follows
 from passion_plugin.detection._probe import Probe
 
-__all__ = ["Encoders", "FoundModules", "find_modules", "uneven_channels"]
-
 Encoders = Mapping[str, tuple[str, ...]]
 """Names of modules by modality."""
 

@@ -43,16 +43,6 @@ from passion_plugin.detection._report import BackboneReport, dropout_layers
 from passion_plugin.detection._sandbox import reseed, same_values
 from passion_plugin.errors import PassionError, quoted
 
-__all__ = [
-    "check_buffers",
-    "check_training",
-    "cut_off_encoders",
-    "gradient_difference",
-    "skipping_difference",
-    "student_mode_difference",
-    "true_student",
-]
-
 
 def true_student(
     probe: Probe, spec: BackboneSpec, presence: Tensor, student_input: StudentInput, *changed: int

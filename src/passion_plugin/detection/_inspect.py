@@ -17,8 +17,6 @@ from passion_plugin.detection._report import BackboneReport, module_summary
 from passion_plugin.detection._sandbox import lazy_parameters, sandbox
 from passion_plugin.errors import ConfigError, PassionError, listed, suggest
 
-__all__ = ["detect_spec", "inspect_backbone", "inspect_call"]
-
 
 def inspect_backbone(
     backbone: nn.Module,

@@ -31,8 +31,6 @@ from passion_plugin.detection._probe import BackboneRunError, Probe, backbone_er
 from passion_plugin.detection._sandbox import lazy_parameters, preserved_modes, sandbox
 from passion_plugin.errors import BackboneError, ConfigError, PassionError, raise_problems
 
-__all__ = ["check_setup", "example_heads", "initial_spec", "prepare_backbone"]
-
 # Sizes to try for the checks; half of the smaller one leaves a single voxel at the bottom of a network of five
 # levels, which instance normalisation refuses.
 _CHECK_SIZES = (32, 64)

@@ -39,16 +39,6 @@ from passion_plugin.detection._convention import CallConvention
 from passion_plugin.detection._sandbox import preserved_modes, reseed
 from passion_plugin.errors import BackboneError, PassionError, short
 
-__all__ = [
-    "EFFECT",
-    "BackboneRunError",
-    "Probe",
-    "backbone_errors",
-    "equality_tolerance",
-    "reason_of",
-    "relative_difference",
-]
-
 EFFECT = 1e-5
 """Relative change of the prediction from which on content or a mask counts as having an effect."""
 

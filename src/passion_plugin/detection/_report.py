@@ -17,8 +17,6 @@ from passion_plugin.detection._classifier import Match
 from passion_plugin.detection._probe import EFFECT
 from passion_plugin.errors import BackboneError, listed, raise_problems, warn_user
 
-__all__ = ["BackboneReport", "BatchBehaviour", "MaskBehaviour", "batch_norms", "dropout_layers", "module_summary"]
-
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 _WIDTH, _INDENT = 110, 18

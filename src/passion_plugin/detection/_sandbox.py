@@ -14,8 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from passion_plugin.backbone import CONTAINERS, is_uninitialized, preserved_rng_state, restore_containers
 
-__all__ = ["lazy_parameters", "preserved_modes", "reseed", "same_values", "sandbox"]
-
 
 def reseed(seed: int = 0) -> None:
     """Set every generator that a network may draw from to the same state.

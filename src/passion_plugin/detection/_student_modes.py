@@ -17,8 +17,6 @@ from passion_plugin.detection._report import BackboneReport
 from passion_plugin.detection._sandbox import reseed
 from passion_plugin.errors import PassionError, listed
 
-__all__ = ["TrueRuns", "choose_student_mode", "true_runs", "with_student_mode"]
-
 
 @dataclass
 class TrueRuns:
