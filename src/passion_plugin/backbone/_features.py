@@ -20,11 +20,7 @@ _LEAVES = (Tensor, int, float, complex, str, type(None))
 
 
 def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
-    """Find the module called ``name``, exactly or as a dotted suffix, never as a substring.
-
-    Args:
-        backbone: where to look.
-        name: ``"encoders.t1"`` or a suffix of whole components such as ``"t1"``.
+    """Find a module by its name or a dotted suffix of whole components.
 
     Returns:
         The full name and an empty string, or None and the sentence that says what is wrong.
@@ -47,11 +43,7 @@ def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
 
 
 class OutputCapture:
-    """Captures the first input and the output of one module, which must be called exactly once.
-
-    Args:
-        name: of the module, for messages.
-    """
+    """Captures the first input and the output of one module, which must be called exactly once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,12 +60,7 @@ class OutputCapture:
         return output
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Return ``(input, output)`` of the only call.
-
-        Raises:
-            BackboneError: the module was not called, was called several times, or its output was changed
-                in place afterwards.
-        """
+        """Return ``(input, output)`` of the only call; raise unless there was one and its output is unchanged."""
         if len(self.calls) != 1:
             raise BackboneError(
                 f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. Name "
@@ -112,12 +99,7 @@ class FeatureCache:
         self._versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
 
     def record(self, *, features: bool = True, keep_rng_state: bool = False) -> dict[nn.Module, Handler]:
-        """Return the handlers that fill this cache.
-
-        Args:
-            features: keep the outputs.
-            keep_rng_state: keep the state of the generators after the last encoder.
-        """
+        """Return handlers that keep the outputs and the state of the generators after the last encoder."""
 
         @untraced
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
@@ -137,9 +119,8 @@ class FeatureCache:
     def check_trainable(self) -> None:
         """Check that encoders with trainable parameters gave features with gradient.
 
-        Raises:
-            BackboneError: reentrant activation checkpointing runs the encoder without gradient; what is
-                distilled would silently never reach it.
+        Reentrant activation checkpointing runs the encoder without gradient; what is distilled would silently never
+        reach it.
         """
         for name, modules in self.encoders.items():
             for module in modules:
@@ -165,9 +146,6 @@ class FeatureCache:
             batch: batch size of the recorded pass.
             others: where the features of the other modalities come from; a cache of one sample in which
                 everything was absent, or None for this cache.
-
-        Raises:
-            BackboneError: the encoders were not called as in the recorded pass.
         """
         served: dict[nn.Module, int] = defaultdict(int)
         # Selected before the pass and not inside it: a backbone that checkpoints its encoder would save what the
