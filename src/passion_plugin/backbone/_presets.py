@@ -95,10 +95,7 @@ def preset(name: str, backbone: nn.Module, modalities: Sequence[str]) -> Backbon
 
 def find_preset(backbone: nn.Module, modalities: Sequence[str]) -> BackboneSpec | None:
     """Return the spec of the preset whose module names ``backbone`` has, or None."""
-    for candidate in PRESETS.values():
-        if candidate.matches(backbone):
-            return candidate.spec(modalities)
-    return None
+    return next((entry.spec(modalities) for entry in PRESETS.values() if entry.matches(backbone)), None)
 
 
 def separate_predictions(raw: Any) -> Sequence[Tensor] | None:
