@@ -95,6 +95,7 @@ class FeatureCache:
         self.encoders = encoders
         self.copy = copy
         self.rng_state: Any = None
+        self._owners = {module: owner for owner, modules in encoders.items() for module in modules}
         self._outputs: dict[nn.Module, list[Any]] = defaultdict(list)
         self._versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
 
@@ -122,17 +123,15 @@ class FeatureCache:
         Reentrant activation checkpointing runs the encoder without gradient; what is distilled would silently never
         reach it.
         """
-        for name, modules in self.encoders.items():
-            for module in modules:
-                trainable = any(parameter.requires_grad for parameter in module.parameters())
-                floating = [leaf for leaf in _tensors(self._outputs[module]) if leaf.is_floating_point()]
-                if trainable and floating and not any(leaf.requires_grad for leaf in floating):
-                    raise BackboneError(
-                        f"the encoder of {name!r} has trainable parameters but its output carries no gradient: "
-                        f"reentrant activation checkpointing, or a detach. Call "
-                        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set "
-                        f"BackboneSpec(students='rerun')"
-                    )
+        for module, owner in self._owners.items():
+            trainable = any(parameter.requires_grad for parameter in module.parameters())
+            floating = [leaf for leaf in _tensors(self._outputs[module]) if leaf.is_floating_point()]
+            if trainable and floating and not any(leaf.requires_grad for leaf in floating):
+                raise BackboneError(
+                    f"the encoder of {owner!r} has trainable parameters but its output carries no gradient: reentrant "
+                    f"activation checkpointing, or a detach. Call torch.utils.checkpoint.checkpoint(..., "
+                    f"use_reentrant=False), or set BackboneSpec(students='rerun')"
+                )
 
     @contextmanager
     def replay(self, student_input: StudentInput, batch: int, *, others: FeatureCache | None = None) -> Iterator[None]:
@@ -151,9 +150,7 @@ class FeatureCache:
         # Selected before the pass and not inside it: a backbone that checkpoints its encoder would save what the
         # selection needs, and not find it again when it runs the real encoder a second time.
         replies = {
-            module: self._select(module, owner, student_input, batch, others)
-            for owner, modules in self.encoders.items()
-            for module in modules
+            module: self._select(module, owner, student_input, batch, others) for module, owner in self._owners.items()
         }
 
         @untraced
@@ -168,10 +165,9 @@ class FeatureCache:
 
         with patched_forward(self._handlers(handler)):
             yield
-        for modality in student_input.modalities:
-            for module in self.encoders[modality]:
-                if served[module] != len(replies[module]):
-                    raise _miscount(modality, served[module], len(replies[module]))
+        for module, owner in self._owners.items():
+            if owner in student_input.modalities and served[module] != len(replies[module]):
+                raise _miscount(owner, served[module], len(replies[module]))
 
     def no_grad_except(self, modalities: Collection[str]) -> dict[nn.Module, Handler]:
         """Return handlers under which only the encoders of ``modalities`` are run with gradient."""
@@ -216,11 +212,7 @@ class FeatureCache:
         return [tree_map(select, output) for output in source._outputs[module]]
 
     def _handlers(self, handler: Handler) -> dict[nn.Module, Handler]:
-        return {
-            module: functools.partial(handler, owner, module)
-            for owner, modules in self.encoders.items()
-            for module in modules
-        }
+        return {module: functools.partial(handler, owner, module) for module, owner in self._owners.items()}
 
 
 def clone_tensor(leaf: Any) -> Any:

@@ -32,7 +32,7 @@ from passion_plugin.training._checkpoint import extra_state, load_extra_state
 from passion_plugin.training._distributed import check_heads
 from passion_plugin.training._frequencies import ModalityFrequencies
 from passion_plugin.training._gradient_scaling import EncoderGradientScaling
-from passion_plugin.training._metrics import epoch_metrics
+from passion_plugin.training._metrics import by_modality, epoch_metrics
 from passion_plugin.training._objective import LossTerms, ensure_requires_grad
 from passion_plugin.training._preference import EpochReport, PreferenceEstimator
 from passion_plugin.training._state import state_problems
@@ -234,9 +234,9 @@ class PassionEngine(nn.Module):
         """Update the preference, or what the strategy keeps; to be called once per epoch, on every rank."""
         self._scaling.check()
         report = self._last_epoch = self.strategy.end_epoch()
-        counts = {} if report.skipped is None else dict(zip(report.modalities, report.skipped.tolist(), strict=True))
-        if any(counts.values()):
-            found = ", ".join(f"{name!r}: {count:.0f}" for name, count in counts.items() if count)
+        skipped = by_modality(epoch_metrics(report), "skipped")
+        if skipped:
+            found = ", ".join(f"{name!r}: {count:.0f}" for name, count in skipped.items())
             self._warn_once(
                 f"in epoch {report.epoch} comparisons of modalities were NaN or infinite and were left out ({found}): "
                 f"features or logits overflowed, or weights are NaN. What balances the modalities stays finite; the "

@@ -169,8 +169,8 @@ class Strategy:
         """End the epoch and report it; to be called on every process, whose sums are added.
 
         Returns:
-            ``beta`` is the mean factor of each modality over the steps of the epoch that had one, :attr:`default_factor`
-            where none had, ``counts`` their number; a rule that updates weights reports those instead.
+            ``beta`` is the mean factor of each modality over the steps of the epoch that had one, or
+            :attr:`default_factor`; ``counts`` is their number. A rule that updates weights reports those instead.
         """
         stacked = torch.cat([tensor.cpu().double() for tensor in (self._sums, self._counts, self._skipped)])
         totals = all_reduce_sum(stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}")
