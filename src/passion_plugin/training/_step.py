@@ -128,7 +128,7 @@ class TrainingStep:
             active[student.rows] = True
         active, outputs = active.to(self.teacher.logits.device), self.adapter.spec.outputs
         matrices = collect_terms(self.teacher, students, labels, ("subset",), config, outputs, own_loss)
-        return LossTerms(("subset",), **matrices, gate=active, active=active, supervised=active)
+        return LossTerms(("subset",), **matrices, gate=active, active=active, supervised=active, subset=None)
 
     def _own_unimodal(self, config: PassionConfig) -> Sequence[Tensor] | None:
         """Return what a separate uni-modal decoder of the backbone predicted; only official mode uses it."""
