@@ -12,9 +12,9 @@ from torch import Tensor
 from models import NAMES, MeanNet, NoMaskNet, batch, copies_gradients, spec_of
 from passion_plugin.backbone._adapter import BackboneAdapter
 from passion_plugin.backbone._calls import BackboneCall
-from passion_plugin.backbone._passes import FusedPass, fused_pass, student_pass
+from passion_plugin.backbone._passes import FusedPass, Student, fused_pass, run_students, student_pass
 from passion_plugin.backbone._prediction import Prediction
-from passion_plugin.backbone._students import Student, StudentInput, run_students
+from passion_plugin.backbone._student_inputs import StudentInput
 from passion_plugin.config import PassionConfig
 from passion_plugin.errors import BackboneError
 from passion_plugin.wrapper import PassionWrapper

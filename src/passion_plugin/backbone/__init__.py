@@ -22,9 +22,12 @@ from passion_plugin.backbone._masks import MaskCodec, codec_for, encoded_like
 from passion_plugin.backbone._passes import (
     FusedPass,
     Skip,
+    Student,
+    concatenate_students,
     fused_pass,
     passes_reentrant,
     reentrant_problem,
+    run_students,
     student_pass,
 )
 from passion_plugin.backbone._patching import (
@@ -43,7 +46,6 @@ from passion_plugin.backbone._sharding import has_collective_forward, is_distrib
 from passion_plugin.backbone._skipping import zero_with_graph
 from passion_plugin.backbone._spec import BackboneSpec
 from passion_plugin.backbone._student_inputs import StudentInput, active_students, random_subsets, with_dummy_students
-from passion_plugin.backbone._students import Student, concatenate_students, run_students
 
 __all__ = [
     "CONTAINERS",

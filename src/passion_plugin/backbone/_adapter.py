@@ -27,7 +27,7 @@ from passion_plugin.backbone._masks import MaskCodec, check_mask, codec_for, enc
 from passion_plugin.backbone._patching import ModuleState, patched_attributes, patched_forward
 from passion_plugin.backbone._skipping import Layouts
 from passion_plugin.backbone._spec import BackboneSpec
-from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, suggest
+from passion_plugin.errors import BackboneError, InputError, raise_problems, suggest
 
 
 class BackboneAdapter:
@@ -60,7 +60,8 @@ class BackboneAdapter:
 
         def resolve(role: str, name: str) -> nn.Module:
             path, problem = resolve_module(backbone, name)
-            problems.extend([f"{role}: {problem}"] if path is None else [])
+            if path is None:
+                problems.append(f"{role}: {problem}")
             return modules[path or ""]
 
         self.classifier = resolve("classifier", spec.classifier)
@@ -70,7 +71,7 @@ class BackboneAdapter:
             for modality, names in spec.encoders.items()
         }
         problems += self._problems(modules)
-        raise_problems(problems, what=f"the spec does not fit {type(backbone).__name__}", error=ConfigError)
+        raise_problems(problems, what=f"the spec does not fit {type(backbone).__name__}")
 
         keys = spec.input_argument
         self._several_inputs = not isinstance(keys, (int, str))
@@ -110,7 +111,14 @@ class BackboneAdapter:
         return self._mask is not None and call.get(self._mask) is not None
 
     def check_batch(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
-        """Check images, mask and content of a call, and return what may be looked at; see :meth:`availability`.
+        """Check images, mask and content of a call.
+
+        Args:
+            call: arguments of a forward.
+            presence: bool (B, M) said by the user, or None to go by the mask.
+
+        Returns:
+            Which modalities may be looked at, at least those that the mask marks present: bool (B, M) on the CPU.
 
         Raises:
             InputError: images that cannot be told apart by modality, a mask or ``presence`` that does not fit, or NaN
@@ -118,42 +126,20 @@ class BackboneAdapter:
         """
         if self.spec.fill_missing is None:
             check_images(self.input_of(call), self.modalities)
-        available = self.availability(call, presence)
-        self.check_finite(call, available)
-        return available
-
-    def availability(self, call: BackboneCall, presence: Tensor | None) -> Tensor:
-        """Return what may be looked at: at least what the mask of the call says is present.
-
-        Args:
-            call: arguments of a forward.
-            presence: bool (B, M) said by the user, or None to go by the mask.
-
-        Returns:
-            bool (B, M) on the CPU.
-
-        Raises:
-            InputError: as in :meth:`presence_of`, for ``presence`` too, or that contradicts the mask.
-        """
         if presence is None:
-            return self.presence_of(call)
-        available = check_mask(presence, self.batch_of(call), self.modalities, what="passion_presence")
-        self._refuse_mixed(available)
-        if self.has_mask(call) and bool((self.presence_of(call) & ~available).any()):
-            raise InputError("the mask marks modalities as present that passion_presence says are missing")
+            available = self.presence_of(call)
+        else:
+            available = self._checked_mask(presence, self.batch_of(call), "passion_presence")
+            if self.has_mask(call) and bool((self.presence_of(call) & ~available).any()):
+                raise InputError("the mask marks modalities as present that passion_presence says are missing")
+        if self.spec.fill_missing is None:
+            self._check_finite(self.input_of(call), available)
         return available
 
     def presence_of(self, call: BackboneCall) -> Tensor:
-        """Read the mask of a call.
-
-        Returns:
-            bool (B, M) on the CPU, in the order of ``modalities``.
-
-        Raises:
-            InputError: no mask, wrong dtype or shape, or a sample in which everything is missing.
-        """
+        """Read the mask of a call: bool (B, M) on the CPU, in the order of ``modalities``."""
         batch = self.batch_of(call)
-        if not self.has_mask(call):
+        if self._mask is None or not self.has_mask(call):
             what, cure = f"was called without its mask ({self._mask})", ""
             if self._mask is None:
                 what, cure = "takes no mask", ", or name the argument that says it: BackboneSpec(mask_argument=…)"
@@ -161,28 +147,7 @@ class BackboneAdapter:
                 f"the backbone {what}, so that nothing says which modalities are present: pass "
                 f"passion_presence= with a torch.bool tensor of shape ({batch}, {len(self.modalities)}){cure}"
             )
-        assert self._mask is not None
-        presence = check_mask(self._codec.decode(call.get(self._mask)), batch, self.modalities, what="the mask")
-        self._refuse_mixed(presence)
-        return presence
-
-    def check_finite(self, call: BackboneCall, presence: Tensor) -> None:
-        """Raise when a modality that is said to be present holds NaN or infinity.
-
-        Raises:
-            InputError: naming samples and modalities.
-        """
-        if self.spec.fill_missing is not None:
-            return
-        parts = split(self.input_of(call), self.modalities)
-        finite = torch.stack([rearrange(part.isfinite(), "b ... -> b (...)").all(1).cpu() for part in parts], dim=1)
-        broken = (presence & ~finite).nonzero().tolist()
-        if broken:
-            listed = ", ".join(f"{self.modalities[column]!r} of sample {row}" for row, column in broken[:8])
-            raise InputError(
-                f"NaN or infinity in a modality that is marked present: {listed}. Mark it missing in the mask, or "
-                f"repair the image; nothing was computed from this batch"
-            )
+        return self._checked_mask(self._codec.decode(call.get(self._mask)), batch, "the mask")
 
     def image_size(self, call: BackboneCall) -> tuple[int, ...] | None:
         """Return the spatial size of the images, or None when they are in a container of their own kind."""
@@ -205,12 +170,7 @@ class BackboneAdapter:
         return self.with_input(call, hidden)
 
     def run_masked(self, call: BackboneCall, keep: Tensor) -> Any:
-        """Run the backbone on a call with the modalities outside ``keep`` blanked and masked.
-
-        Args:
-            call: arguments of all the rows that take part.
-            keep: bool (B, M), the modalities that are kept.
-        """
+        """Run the backbone on a call with the modalities outside ``keep`` (bool (B, M)) blanked and masked."""
         call = self.blanked(call, keep)
         for argument, value in self._student_kwargs.items():
             call = call.replaced(argument, value)
@@ -235,14 +195,12 @@ class BackboneAdapter:
 
     @contextmanager
     def student_mode(self, state: ModuleState | None = None) -> Iterator[None]:
-        """Switch auxiliary outputs off, and restore buffers and attributes on exit.
-
-        Args:
-            state: of the backbone, where it was made before; see :class:`ModuleState`.
-        """
+        """Switch auxiliary outputs off; restore buffers and attributes, listed in ``state`` if given, on exit."""
+        forward = self.forward
         with ExitStack() as stack:
-            if self.forward is not None:
-                stack.enter_context(patched_forward({self.backbone: self._bare}))
+            if forward is not None:
+                bare = {self.backbone: lambda _, *args, **kwargs: forward(*args, **kwargs)}
+                stack.enter_context(patched_forward(bare))
             if callable(self.spec.student_mode):
                 stack.enter_context(self.spec.student_mode(self.backbone))
             else:
@@ -250,15 +208,24 @@ class BackboneAdapter:
             stack.enter_context((state or ModuleState(self.backbone)).preserved())
             yield
 
-    def _bare(self, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self.forward is not None
-        return self.forward(*args, **kwargs)
-
-    def _refuse_mixed(self, presence: Tensor) -> None:
+    def _checked_mask(self, mask: Any, batch: int, what: str) -> Tensor:
+        presence = check_mask(mask, batch, self.modalities, what=what)
         if not self.spec.per_sample_masks and not bool((presence == presence[0]).all()):
             raise InputError(
                 "this backbone cannot mix masks in one batch (BackboneSpec.per_sample_masks is False), but the samples "
                 "have different ones: group samples by their modalities, or use batches of one"
+            )
+        return presence
+
+    def _check_finite(self, x: Any, presence: Tensor) -> None:
+        parts = split(x, self.modalities)
+        finite = torch.stack([rearrange(part.isfinite(), "b ... -> b (...)").all(1).cpu() for part in parts], dim=1)
+        broken = (presence & ~finite).nonzero().tolist()
+        if broken:
+            listed = ", ".join(f"{self.modalities[column]!r} of sample {row}" for row, column in broken[:8])
+            raise InputError(
+                f"NaN or infinity in a modality that is marked present: {listed}. Mark it missing in the mask, or "
+                f"repair the image; nothing was computed from this batch"
             )
 
     def _problems(self, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -71,16 +71,11 @@ class BackboneCall:
         return BackboneCall(self.args, {**self.kwargs, argument.name: value})
 
     def rows(self, index: Tensor, batch: int, whole: Sequence[Argument] = ()) -> BackboneCall:
-        """Return a copy in which every batch-sized tensor is reduced to the rows ``index``.
+        """Return a copy in which every batch-sized tensor is reduced to the rows ``index``, except in ``whole``.
 
         A tensor counts as batch-sized when it has at least two dimensions and ``batch`` rows. Vectors stay
         as they are: a (K,) tensor of class weights must not be cut when K happens to equal the batch size. See
         :func:`vector_hint`.
-
-        Args:
-            index: int64 (n,), rows to keep.
-            batch: the batch size.
-            whole: arguments to leave alone.
         """
 
         def select(value: Any) -> Any:
@@ -96,14 +91,7 @@ class BackboneCall:
 
 
 def vector_hint(backbone: nn.Module, call: BackboneCall, batch: int, whole: Sequence[Argument] = ()) -> str:
-    """Say which vectors with an entry for each sample :meth:`BackboneCall.rows` may have left too long, if any.
-
-    Args:
-        backbone: the module that was called.
-        call: with all the rows.
-        batch: the batch size.
-        whole: arguments that were left alone on purpose.
-    """
+    """Say which vectors of a call with all its rows :meth:`BackboneCall.rows` may have left too long, if any."""
     given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
     keys = [key for key, value in given if any(getattr(leaf, "shape", ()) == (batch,) for leaf in tree_leaves(value))]
     suspects = [argument for key in keys if (argument := locate_argument(backbone, key)) not in whole]
@@ -117,15 +105,7 @@ def vector_hint(backbone: nn.Module, call: BackboneCall, batch: int, whole: Sequ
 
 
 def check_images(x: Any, modalities: Sequence[str]) -> None:
-    """Check that every modality has a tensor whose values can be looked at, all with the same batch size.
-
-    Args:
-        x: as for :func:`split`.
-        modalities: names.
-
-    Raises:
-        InputError: listing every modality that has not.
-    """
+    """Check that every modality has a tensor whose values can be looked at, all with the same batch size."""
     if isinstance(x, Tensor) and unreadable(x):
         raise InputError(f"the input {unreadable(x)}")
     parts = split(x, modalities)
@@ -147,10 +127,7 @@ def split(x: Any, modalities: Sequence[str]) -> list[Tensor]:
     Args:
         x: a tensor (B, M·C, *spatial) with the modalities one after the other along the channels, a list or
             tuple of M tensors, or a mapping from modality name to tensor.
-        modalities: names.
-
-    Raises:
-        InputError: when ``x`` does not hold one image for each modality.
+        modalities: M names.
     """
     count = len(modalities)
     if isinstance(x, Tensor):
@@ -190,16 +167,7 @@ def join(parts: Sequence[Tensor], like: Any, modalities: Sequence[str]) -> Any:
 
 
 def blank(x: Any, keep: Tensor, modalities: Sequence[str]) -> Any:
-    """Set every modality that is not kept to zero, sample by sample; NaN in it disappears too.
-
-    Args:
-        x: the input, as for :func:`split`. Never written to.
-        keep: bool (B, M).
-        modalities: names.
-
-    Returns:
-        A container like ``x``; ``x`` itself when everything is kept.
-    """
+    """Return an input with every modality outside ``keep`` (bool (B, M)) set to zero; NaN in it disappears too."""
     if bool(keep.all()):
         return x
     parts = []
@@ -212,9 +180,7 @@ def blank(x: Any, keep: Tensor, modalities: Sequence[str]) -> Any:
 def first_image(x: Any, modalities: Sequence[str]) -> Tensor | None:
     """Return the first tensor of an input; of a mapping that of a modality, where it has any: others may be there too.
 
-    Args:
-        x: as for :func:`split`, or a container of the user's own, in which nothing is found.
-        modalities: names.
+    None where there is no tensor, such as in a container of the user's own.
     """
     if isinstance(x, Mapping):
         x = [x[name] for name in modalities if name in x] or list(x.values())

@@ -20,11 +20,7 @@ _LEAVES = (Tensor, int, float, complex, str, type(None))
 
 
 def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
-    """Find the module called ``name``, exactly or as a dotted suffix, never as a substring.
-
-    Args:
-        backbone: where to look.
-        name: ``"encoders.t1"`` or a suffix of whole components such as ``"t1"``.
+    """Find a module by its name or a dotted suffix of whole components.
 
     Returns:
         The full name and an empty string, or None and the sentence that says what is wrong.
@@ -47,11 +43,7 @@ def resolve_module(backbone: nn.Module, name: str) -> tuple[str | None, str]:
 
 
 class OutputCapture:
-    """Captures the first input and the output of one module, which must be called exactly once.
-
-    Args:
-        name: of the module, for messages.
-    """
+    """Captures the first input and the output of one module, which must be called exactly once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,12 +60,7 @@ class OutputCapture:
         return output
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Return ``(input, output)`` of the only call.
-
-        Raises:
-            BackboneError: the module was not called, was called several times, or its output was changed
-                in place afterwards.
-        """
+        """Return ``(input, output)`` of the only call; raise unless there was one and its output is unchanged."""
         if len(self.calls) != 1:
             raise BackboneError(
                 f"{self.name!r} was called {len(self.calls)} times in one pass of the backbone, expected once. Name "
@@ -108,16 +95,12 @@ class FeatureCache:
         self.encoders = encoders
         self.copy = copy
         self.rng_state: Any = None
+        self._owners = {module: owner for owner, modules in encoders.items() for module in modules}
         self._outputs: dict[nn.Module, list[Any]] = defaultdict(list)
         self._versions: dict[nn.Module, list[list[int]]] = defaultdict(list)
 
     def record(self, *, features: bool = True, keep_rng_state: bool = False) -> dict[nn.Module, Handler]:
-        """Return the handlers that fill this cache.
-
-        Args:
-            features: keep the outputs.
-            keep_rng_state: keep the state of the generators after the last encoder.
-        """
+        """Return handlers that keep the outputs and the state of the generators after the last encoder."""
 
         @untraced
         def handler(owner: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
@@ -137,21 +120,18 @@ class FeatureCache:
     def check_trainable(self) -> None:
         """Check that encoders with trainable parameters gave features with gradient.
 
-        Raises:
-            BackboneError: reentrant activation checkpointing runs the encoder without gradient; what is
-                distilled would silently never reach it.
+        Reentrant activation checkpointing runs the encoder without gradient; what is distilled would silently never
+        reach it.
         """
-        for name, modules in self.encoders.items():
-            for module in modules:
-                trainable = any(parameter.requires_grad for parameter in module.parameters())
-                floating = [leaf for leaf in _tensors(self._outputs[module]) if leaf.is_floating_point()]
-                if trainable and floating and not any(leaf.requires_grad for leaf in floating):
-                    raise BackboneError(
-                        f"the encoder of {name!r} has trainable parameters but its output carries no gradient: "
-                        f"reentrant activation checkpointing, or a detach. Call "
-                        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or set "
-                        f"BackboneSpec(students='rerun')"
-                    )
+        for module, owner in self._owners.items():
+            trainable = any(parameter.requires_grad for parameter in module.parameters())
+            floating = [leaf for leaf in _tensors(self._outputs[module]) if leaf.is_floating_point()]
+            if trainable and floating and not any(leaf.requires_grad for leaf in floating):
+                raise BackboneError(
+                    f"the encoder of {owner!r} has trainable parameters but its output carries no gradient: reentrant "
+                    f"activation checkpointing, or a detach. Call torch.utils.checkpoint.checkpoint(..., "
+                    f"use_reentrant=False), or set BackboneSpec(students='rerun')"
+                )
 
     @contextmanager
     def replay(self, student_input: StudentInput, batch: int, *, others: FeatureCache | None = None) -> Iterator[None]:
@@ -165,17 +145,12 @@ class FeatureCache:
             batch: batch size of the recorded pass.
             others: where the features of the other modalities come from; a cache of one sample in which
                 everything was absent, or None for this cache.
-
-        Raises:
-            BackboneError: the encoders were not called as in the recorded pass.
         """
         served: dict[nn.Module, int] = defaultdict(int)
         # Selected before the pass and not inside it: a backbone that checkpoints its encoder would save what the
         # selection needs, and not find it again when it runs the real encoder a second time.
         replies = {
-            module: self._select(module, owner, student_input, batch, others)
-            for owner, modules in self.encoders.items()
-            for module in modules
+            module: self._select(module, owner, student_input, batch, others) for module, owner in self._owners.items()
         }
 
         @untraced
@@ -190,10 +165,9 @@ class FeatureCache:
 
         with patched_forward(self._handlers(handler)):
             yield
-        for modality in student_input.modalities:
-            for module in self.encoders[modality]:
-                if served[module] != len(replies[module]):
-                    raise _miscount(modality, served[module], len(replies[module]))
+        for module, owner in self._owners.items():
+            if owner in student_input.modalities and served[module] != len(replies[module]):
+                raise _miscount(owner, served[module], len(replies[module]))
 
     def no_grad_except(self, modalities: Collection[str]) -> dict[nn.Module, Handler]:
         """Return handlers under which only the encoders of ``modalities`` are run with gradient."""
@@ -238,11 +212,7 @@ class FeatureCache:
         return [tree_map(select, output) for output in source._outputs[module]]
 
     def _handlers(self, handler: Handler) -> dict[nn.Module, Handler]:
-        return {
-            module: functools.partial(handler, owner, module)
-            for owner, modules in self.encoders.items()
-            for module in modules
-        }
+        return {module: functools.partial(handler, owner, module) for module, owner in self._owners.items()}
 
 
 def clone_tensor(leaf: Any) -> Any:

@@ -67,11 +67,11 @@ class UnimodalHead(nn.Module):
         if len(maps) != len(self.projections):
             raise InputError(f"this head was built for {len(self.projections)} feature maps, got {len(maps)}")
         mode = "bilinear" if self.ndim == 2 else "trilinear"
-        total: Tensor | None = None
-        for projection, feature in zip(self.projections, maps, strict=True):
-            part = F.interpolate(projection(feature), size=tuple(size), mode=mode, align_corners=False)
-            total = part if total is None else total + part
-        features = F.leaky_relu(self.norm(total), 0.01)
+        parts = [
+            F.interpolate(projection(feature), size=tuple(size), mode=mode, align_corners=False)
+            for projection, feature in zip(self.projections, maps, strict=True)
+        ]
+        features = F.leaky_relu(self.norm(sum(parts[1:], parts[0])), 0.01)
         return Prediction(self.classifier(features), features)
 
 
@@ -81,12 +81,9 @@ def feature_maps(tensors: Sequence[Tensor], ndim: int) -> list[Tensor]:
 
 
 def build_heads(features: dict[str, list[Tensor]], prediction: Prediction, dtype: torch.dtype) -> nn.ModuleList:
-    """Build a head for each modality that fits what its encoder returns.
+    """Build a head for each modality that fits what its encoder returned for an example.
 
-    Args:
-        features: encoder outputs of an example, by modality, in the order of the modalities.
-        prediction: the fused prediction of the example.
-        dtype: of the parameters; that of the backbone's, since autocast changes that of the features.
+    The dtype is that of the backbone's parameters, since autocast changes that of the features.
     """
     ndim = prediction.logits.ndim - 2
     heads = nn.ModuleList()

@@ -39,15 +39,7 @@ class MaskCodec:
 
 
 def codec_for(mask_format: str, meaning: str, columns: Sequence[str] | None, modalities: Sequence[str]) -> MaskCodec:
-    """Return the codec of a built-in format.
-
-    Args:
-        mask_format: one of :data:`MASK_FORMATS`. ``"bool"``, ``"float"`` and ``"int"`` are tensors (B, M);
-            ``"indices"`` is a list of column numbers for the whole batch.
-        meaning: ``"present"`` or ``"missing"``, what a True (1, listed) entry says.
-        columns: modality of each mask column when that is not the order of ``modalities``.
-        modalities: names, in the order of the user.
-    """
+    """Return the codec of a built-in format; arguments as the fields of :class:`BackboneSpec`."""
     order = [modalities.index(name) for name in columns] if columns else list(range(len(modalities)))
     codec = _BuiltIn(mask_format, meaning == "missing", order)
     if mask_format == "indices":
@@ -59,11 +51,6 @@ def encoded_like(given: Any, codec: MaskCodec, mask: Tensor) -> Any:
     """Return what a backbone takes for ``mask``, in the number format of the mask that its user gave.
 
     The features of a network in bfloat16 become float32 under a float32 mask, which its next layer refuses.
-
-    Args:
-        given: the mask in the user's call, or None.
-        codec: the translation.
-        mask: bool (B, M), True = present.
 
     Example:
         >>> codec = codec_for("float", "present", None, ("t1", "t2"))
@@ -77,18 +64,8 @@ def encoded_like(given: Any, codec: MaskCodec, mask: Tensor) -> Any:
     return raw.to(given.dtype) if same_kind else raw
 
 
-def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what: str) -> Tensor:
-    """Return ``mask`` as a bool tensor (B, M) on the CPU, or raise with what is wrong with it.
-
-    Args:
-        mask: bool tensor (B, M), or (M,) for the whole batch; True = present.
-        batch: expected batch size, or None when unknown.
-        modalities: names of the columns.
-        what: how the caller names it in the error.
-
-    Raises:
-        InputError: wrong type, dtype or shape, or a sample in which every modality is missing.
-    """
+def check_mask(mask: Any, batch: int, modalities: Sequence[str], *, what: str) -> Tensor:
+    """Return a bool mask (B, M), or (M,) for the whole batch, as (B, M) on the CPU; raise if anything is wrong."""
     count = len(modalities)
     if not isinstance(mask, Tensor):
         raise InputError(f"{what} must be a torch.bool tensor (batch, {count}), got {type(mask).__name__}")
@@ -99,14 +76,14 @@ def check_mask(mask: Any, batch: int | None, modalities: Sequence[str], *, what:
             f"{what} must have dtype torch.bool, got {mask.dtype}: an integer mask indexes instead of masking "
             f"and silently hides nothing in many backbones. Pass mask.bool()"
         )
-    if mask.ndim == 1 and batch is not None:
+    if mask.ndim == 1:
         mask = mask.expand(batch, -1)
-    if mask.ndim != 2 or mask.shape[1] != count or (batch is not None and mask.shape[0] != batch):
-        expected = f"({batch if batch is not None else 'batch'}, {count})"
+    if mask.shape != (batch, count):
         raise InputError(
-            f"{what} must have shape {expected}, one column for each of {tuple(modalities)}, got {tuple(mask.shape)}"
+            f"{what} must have shape ({batch}, {count}), one column for each of {tuple(modalities)}, "
+            f"got {tuple(mask.shape)}"
         )
-    if mask.shape[0] == 0:
+    if batch == 0:
         raise InputError(f"{what} is for an empty batch; skip batches without samples")
     mask = mask.detach().cpu()
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()

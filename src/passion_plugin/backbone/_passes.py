@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from passion_plugin.backbone._adapter import BackboneAdapter
 from passion_plugin.backbone._calls import BackboneCall
 from passion_plugin.backbone._features import FeatureCache, OutputCapture, clone_tensor
+from passion_plugin.backbone._heads import feature_maps
 from passion_plugin.backbone._patching import (
     ModuleState,
     get_rng_state,
@@ -24,11 +27,11 @@ from passion_plugin.backbone._patching import (
 from passion_plugin.backbone._prediction import Prediction
 from passion_plugin.backbone._skipping import skipping
 from passion_plugin.backbone._student_inputs import StudentInput
-from passion_plugin.errors import BackboneError, PassionError, short
+from passion_plugin.config import PassionConfig
+from passion_plugin.errors import BackboneError, PassionError, UsageError, short
 
 Skip = Literal["no", "absent", "rows"]
 """Where encoders of missing modalities are left out."""
-
 
 # Told by class and not by words: a slot called "malloc_gate" may be missing. CUDA errors are AcceleratorError since
 # PyTorch 2.8, and a plain RuntimeError before.
@@ -41,6 +44,31 @@ _OF_THE_MACHINE: tuple[type[BaseException], ...] = (
         if (found := getattr(owner, name, None)) is not None
     ),
 )
+
+
+@dataclass(frozen=True)
+class Student:
+    """The prediction of the rows in which only some modalities were kept.
+
+    Attributes:
+        modalities: their names.
+        rows: int64 (n,), samples of the batch, in ascending order.
+        prediction: of these n samples, with gradient.
+    """
+
+    modalities: tuple[str, ...]
+    rows: Tensor
+    prediction: Prediction
+
+    @property
+    def modality(self) -> str:
+        """Name of the only modality.
+
+        Raises:
+            ValueError: there are several.
+        """
+        (modality,) = self.modalities
+        return modality
 
 
 @dataclass(frozen=True)
@@ -116,19 +144,7 @@ def fused_pass(
 
 
 def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: StudentInput) -> Prediction:
-    """Run the backbone on some modalities and rows, in student mode; buffers and attributes stay as they are.
-
-    Args:
-        adapter: the backbone.
-        fused: the fused pass of this step.
-        student_input: which modalities the student sees in which rows.
-
-    Returns:
-        The prediction of these rows.
-
-    Raises:
-        BackboneError: it is not one of these rows, or carries no gradient although it should.
-    """
+    """Run the backbone on some modalities and rows, in student mode; buffers and attributes stay as they are."""
     modalities, rows = student_input.modalities, student_input.rows
     keep = torch.zeros(len(rows), len(adapter.modalities), dtype=torch.bool)
     keep[:, [adapter.modalities.index(modality) for modality in modalities]] = True
@@ -155,6 +171,69 @@ def student_pass(adapter: BackboneAdapter, fused: FusedPass, student_input: Stud
     return prediction
 
 
+def concatenate_students(students: Sequence[Student], name: str) -> Student:
+    """Put students of different rows together, as one under another name, with the rows in ascending order.
+
+    Raises:
+        UsageError: a row has several of them.
+    """
+    rows, order = torch.cat([student.rows for student in students]).sort()
+    if len(rows.unique()) < len(rows):
+        raise UsageError("a sample can have one student of several modalities in a step, and the strategy gave it more")
+    tensors = zip(*(student.prediction.tensors() for student in students), strict=True)
+    joined = [torch.cat(parts) for parts in tensors]
+    return Student((name,), rows, Prediction.of([each.index_select(0, order.to(each.device)) for each in joined]))
+
+
+def run_students(
+    adapter: BackboneAdapter,
+    fused: FusedPass,
+    student_inputs: Sequence[StudentInput],
+    config: PassionConfig,
+    heads: nn.ModuleList,
+) -> list[Student]:
+    """Run one student for each input, one after the other; ``heads`` are those of a spec with ``students="heads"``."""
+    if adapter.spec.students == "heads":
+        return [_head_student(adapter, fused, heads, student_input) for student_input in student_inputs]
+    students = []
+    with preserved_rng_state(config.share_random_state):
+        for student_input in student_inputs:
+            modalities, rows = student_input.modalities, student_input.rows
+            hint = None if len(rows) == fused.batch else partial(adapter.vector_hint, fused.call, fused.batch)
+            with explain_errors(f"only {', '.join(modalities)} of {len(rows)} sample(s)", hint):
+                prediction = _run(adapter, fused, student_input, config)
+            students.append(Student(modalities, rows, prediction))
+    return students
+
+
+def _run(adapter: BackboneAdapter, fused: FusedPass, student_input: StudentInput, config: PassionConfig) -> Prediction:
+    if config.memory == "default":
+        return student_pass(adapter, fused, student_input)
+
+    def tensors(_: Tensor) -> tuple[Tensor, ...]:
+        return student_pass(adapter, fused, student_input).tensors()
+
+    # The argument only says on which device random states have to be kept for the second run.
+    return Prediction.of(checkpoint(tensors, fused.prediction.logits.detach(), use_reentrant=False))
+
+
+def _head_student(
+    adapter: BackboneAdapter, fused: FusedPass, heads: nn.ModuleList, student_input: StudentInput
+) -> Student:
+    modality, *more = student_input.modalities
+    if more:
+        raise BackboneError(
+            f"the students of this backbone are heads on the features of one encoder each, so that it cannot predict "
+            f"from {', '.join(student_input.modalities)} together: use single modalities only"
+        )
+    head = heads[adapter.modalities.index(modality)]
+    logits = fused.prediction.logits
+    maps = feature_maps(fused.features.features(modality), logits.ndim - 2)
+    rows = student_input.rows.to(logits.device)
+    prediction = head([feature.index_select(0, rows) for feature in maps], size=logits.shape[2:])
+    return Student(student_input.modalities, student_input.rows, prediction)
+
+
 @contextmanager
 def explain_errors(what: str, hint: Callable[[], str] | None = None) -> Iterator[None]:
     """Say of an exception that it comes from a pass that the user never asked for.
@@ -166,9 +245,6 @@ def explain_errors(what: str, hint: Callable[[], str] | None = None) -> Iterator
     Args:
         what: what the pass gives to the backbone.
         hint: returns what may be wrong with it; called when something is.
-
-    Raises:
-        BackboneError: instead of an exception of the backbone.
     """
     try:
         yield
@@ -237,11 +313,7 @@ def passes_reentrant(outputs: Any) -> bool:
 
 
 def reentrant_problem(names: Sequence[str] = ()) -> str:
-    """Return the sentence that says what is wrong and what to do.
-
-    Args:
-        names: encoders and classifier that were seen to run without gradient.
-    """
+    """Say what is wrong and what to do; ``names`` are the modules that were seen to run without gradient."""
     around = f" around {', '.join(map(repr, names))}" if names else ""
     return (
         f"reentrant activation checkpointing{around}: what is inside runs without gradient, and again in a backward of "

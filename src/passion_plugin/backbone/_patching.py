@@ -45,11 +45,7 @@ with torch.device("meta"):
 
 @contextmanager
 def patched_forward(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
-    """Temporarily replace ``module.forward`` of single instances; restore it on exit.
-
-    Args:
-        handlers: what to run in place of the forward of each module.
-    """
+    """Temporarily run handlers in place of ``module.forward`` of single instances."""
     before: dict[nn.Module, Any] = {}
     try:
         for module, handler in handlers.items():
@@ -67,12 +63,7 @@ def patched_forward(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
 
 @contextmanager
 def patched_attributes(backbone: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """Temporarily set attributes of a module and its parts; restore them on exit.
-
-    Args:
-        backbone: the module.
-        values: new values by dotted name.
-    """
+    """Temporarily set attributes of a module and its parts, by dotted name."""
     before: list[tuple[nn.Module, str, bool, Any]] = []
     try:
         for name, value in values.items():
@@ -106,10 +97,6 @@ class ModuleState:
     place belongs in a buffer.
 
     Listing the modules takes longer than the rest: make one for each training step and use it for all its students.
-
-    Args:
-        backbone: the network.
-        attributes: False leaves attributes alone.
     """
 
     def __init__(self, backbone: nn.Module, *, attributes: bool = True) -> None:
@@ -155,11 +142,7 @@ def preserved_buffers(backbone: nn.Module) -> AbstractContextManager[None]:
 
 
 def restore_containers(pairs: Iterable[tuple[Any, Any]]) -> None:
-    """Give each container the items of its copy again.
-
-    Args:
-        pairs: a dictionary, list, deque or set, and its shallow copy.
-    """
+    """Give each dictionary, list, deque or set the items of its shallow copy again."""
     for container, kept in pairs:
         if not _same_items(container, kept):
             container.clear()
@@ -189,14 +172,12 @@ def set_rng_state(state: tuple[Tensor, list[Tensor]]) -> None:
 @contextmanager
 def preserved_rng_state(keep: bool = True) -> Iterator[None]:
     """Restore the random state on exit; with ``keep=False`` do nothing."""
-    if not keep:
-        yield
-        return
-    state = get_rng_state()
+    state = get_rng_state() if keep else None
     try:
         yield
     finally:
-        set_rng_state(state)
+        if state is not None:
+            set_rng_state(state)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -19,9 +19,6 @@ def prediction_of(raw: Any) -> Tensor:
     """Return the fused prediction out of whatever a backbone returned.
 
     The first tensor (B, K, *spatial) in it; in a dictionary, the entry called like a prediction, if any.
-
-    Raises:
-        BackboneError: there is none.
     """
     maps = maps_in(_main_part(raw))
     if maps:
@@ -65,8 +62,9 @@ def _main_part(raw: Any) -> Any:
 
 def maps_in(raw: Any) -> list[Tensor]:
     """Return every floating-point tensor of at least three dimensions in what a backbone returned."""
-    leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3]
-    return [leaf for leaf in leaves if leaf.is_floating_point()]
+    return [
+        leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.ndim >= 3 and leaf.is_floating_point()
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class Preset:
     fingerprint: tuple[str, ...]
     encoders: tuple[str, ...]
     columns: tuple[str, ...]
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any]
 
     def matches(self, backbone: nn.Module) -> bool:
         """Whether ``backbone``, or what is inside a compiled or parallel wrapper, has all the names."""
@@ -53,19 +52,15 @@ class Preset:
         return all(name in inside for name in self.fingerprint)
 
     def spec(self, modalities: Sequence[str]) -> BackboneSpec:
-        """Return the spec for modalities named by the user, in mask-column order.
-
-        Raises:
-            ConfigError: another number of modalities, or known names in another order than the columns.
-        """
+        """Return the spec for modalities in mask-column order; raise ConfigError if they are not the columns."""
         columns = self.columns
         if len(modalities) != len(columns):
             raise ConfigError(
                 f"{self.name} has {len(columns)} modalities ({', '.join(columns)}), but {len(modalities)} were named: "
                 f"{tuple(modalities)}"
             )
-        plain = [_canonical(name) for name in modalities]
-        if set(plain) == set(map(_canonical, columns)) and plain != [*map(_canonical, columns)]:
+        given, wanted = ([_canonical(name) for name in names] for names in (modalities, columns))
+        if given != wanted and set(given) == set(wanted):
             raise ConfigError(
                 f"the mask columns of {self.name} are {columns}, but modalities={tuple(modalities)}: with this order "
                 f"every name would stand for another modality. Name them in column order"
@@ -100,10 +95,7 @@ def preset(name: str, backbone: nn.Module, modalities: Sequence[str]) -> Backbon
 
 def find_preset(backbone: nn.Module, modalities: Sequence[str]) -> BackboneSpec | None:
     """Return the spec of the preset whose module names ``backbone`` has, or None."""
-    for candidate in PRESETS.values():
-        if candidate.matches(backbone):
-            return candidate.spec(modalities)
-    return None
+    return next((entry.spec(modalities) for entry in PRESETS.values() if entry.matches(backbone)), None)
 
 
 def separate_predictions(raw: Any) -> Sequence[Tensor] | None:
@@ -118,7 +110,10 @@ def _canonical(name: str) -> str:
     return _ALIASES.get(plain, plain)
 
 
-_LIGHT: Mapping[str, Any] | Callable[[nn.Module], AbstractContextManager[Any]] = {"is_training": False}
+_BRATS_ENCODERS = tuple(f"{name}_encoder" for name in _BRATS)
+# Fields of the backbones that return (fused, separate, coarse) in training.
+_SEPARATE = {"student_mode": {"is_training": False}, "unimodal_outputs": separate_predictions}
+_DROP = {"mask_argument": "drop", "mask_meaning": "missing"}
 
 PRESETS: dict[str, Preset] = {
     entry.name: entry
@@ -127,7 +122,7 @@ PRESETS: dict[str, Preset] = {
             name="rfnet",
             source="Ding et al., ICCV 2021; dyh127/RFNet, qysgithubopen/GSS and the RFNet of Jun-Jie-Shi/PASSION",
             fingerprint=(
-                *(f"{name}_encoder" for name in _BRATS),
+                *_BRATS_ENCODERS,
                 "decoder_fuse.seg_layer",
                 "decoder_fuse.RFM4.region_fusion",
                 "decoder_fuse.prm_generator1.prm_layer.1",
@@ -137,10 +132,9 @@ PRESETS: dict[str, Preset] = {
             encoders=("{m}_encoder",),
             columns=_BRATS,
             fields={
+                **_SEPARATE,
                 "classifier": "decoder_fuse.seg_layer",
                 "deep_supervision": tuple(f"decoder_fuse.prm_generator{level}.prm_layer.1" for level in (1, 2, 3, 4)),
-                "student_mode": _LIGHT,
-                "unimodal_outputs": separate_predictions,
             },
         ),
         Preset(
@@ -158,17 +152,16 @@ PRESETS: dict[str, Preset] = {
             encoders=("{m}_encoder", "{m}_encode_conv", "{m}_transformer"),
             columns=_BRATS,
             fields={
+                **_SEPARATE,
                 "classifier": "decoder_fuse.seg_layer",
                 "deep_supervision": tuple(f"decoder_fuse.seg_d{level}" for level in (1, 2, 3, 4)),
-                "student_mode": _LIGHT,
-                "unimodal_outputs": separate_predictions,
             },
         ),
         Preset(
             name="m2ftrans",
             source="Shi et al., IEEE JBHI 2024; Jun-Jie-Shi/M2FTrans, both versions, and that of Jun-Jie-Shi/PASSION",
             fingerprint=(
-                *(f"{name}_encoder" for name in _BRATS),
+                *_BRATS_ENCODERS,
                 "Bottleneck.trans_bottle",
                 "weight_attention",
                 "decoder_fusion.seg_layer",
@@ -179,21 +172,15 @@ PRESETS: dict[str, Preset] = {
             encoders=("{m}_encoder",),
             columns=_BRATS,
             fields={
+                **_SEPARATE,
                 "classifier": "decoder_fusion.seg_layer",
                 "deep_supervision": tuple(f"decoder_fusion.prm_fusion{level}.prm_layer.1" for level in (1, 2, 3, 4, 5)),
-                "student_mode": _LIGHT,
-                "unimodal_outputs": separate_predictions,
             },
         ),
         Preset(
             name="u-hved",
             source="Dorent et al., MICCAI 2019; the port in AImageLab-zip/IM-Fuse",
-            fingerprint=(
-                *(f"{name}_encoder" for name in ("t1", "t1ce", "t2", "flair")),
-                "approximate_sampler",
-                "t1c_decoder",
-                "seg_decoder.conv_out",
-            ),
+            fingerprint=(*_BRATS_ENCODERS, "approximate_sampler", "t1c_decoder", "seg_decoder.conv_out"),
             encoders=("{m}_encoder",),
             columns=("t1", "t1ce", "t2", "flair"),
             fields={"classifier": "seg_decoder.conv_out", "student_kwargs": {"is_inference": True}},
@@ -213,13 +200,7 @@ PRESETS: dict[str, Preset] = {
                 *(f"{part}.{level}.{{k}}" for level in range(4) for part in ("encoders", "DRBs")),
             ),
             columns=("0", "1", "2", "3"),
-            fields={
-                "classifier": "final_conv",
-                "outputs": "sigmoid",
-                "mask_argument": "drop",
-                "mask_meaning": "missing",
-                "student_kwargs": {"valid": True},
-            },
+            fields={**_DROP, "classifier": "final_conv", "outputs": "sigmoid", "student_kwargs": {"valid": True}},
         ),
         Preset(
             name="u-hemis",
@@ -233,11 +214,7 @@ PRESETS: dict[str, Preset] = {
             ),
             encoders=("enc_list.{k}",),
             columns=("0", "1", "2", "3"),
-            fields={
-                "classifier": "seg_decoder.final_conv.conv",
-                "mask_argument": "drop",
-                "mask_meaning": "missing",
-            },
+            fields={**_DROP, "classifier": "seg_decoder.final_conv.conv"},
         ),
     )
 }

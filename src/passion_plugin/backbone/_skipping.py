@@ -57,8 +57,8 @@ def skipping(
         presence: bool (B, M) on the CPU.
         layouts: of this backbone; kept from step to step.
         by_rows: run an encoder only on the rows that have its modality. This saves more, but convolutions over
-            fewer rows round differently. Otherwise it is left out only when no row has the modality, and the
-            result is the same bit for bit.
+            fewer rows round differently. Otherwise only an encoder without any row is left out, and the result is
+            the same bit for bit.
     """
     batch = len(presence)
     handlers: dict[nn.Module, Handler] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -13,9 +14,6 @@ from passion_plugin._types import Outputs, StudentMode
 from passion_plugin._validate import as_tuple, is_one_of
 from passion_plugin.backbone._masks import MASK_FORMATS, MaskCodec
 from passion_plugin.errors import raise_problems
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 def _is_argument(value: Any) -> bool:
@@ -26,43 +24,39 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
 
 
-def _one_of(choices: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {choices}", lambda value: is_one_of(value, choices)
+_CHOICES = {"outputs": get_args(Outputs), "mask_meaning": ("present", "missing"), "students": get_args(StudentMode)}
 
-
-_FUNCTION = "a function or None", lambda value: value is None or callable(value)
-
-_FLAG = "True or False", lambda value: isinstance(value, bool)
-
-_KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("classifier", "the name of a module", lambda value: isinstance(value, str) and value != ""),
-    ("encoders", "a mapping from modality to names of modules", lambda value: isinstance(value, Mapping)),
-    ("deep_supervision", "a sequence of names of modules", _are_names),
-    ("outputs", *_one_of(get_args(Outputs))),
+_KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("the name of a module", lambda value: isinstance(value, str) and value != "", ("classifier",)),
+    ("a mapping from modality to names of modules", lambda value: isinstance(value, Mapping), ("encoders",)),
+    ("a sequence of names of modules", _are_names, ("deep_supervision",)),
     (
-        "input_argument",
         "a position, a name, or a sequence of them",
         lambda value: _is_argument(value) or (bool(as_tuple(value)) and all(map(_is_argument, value))),
+        ("input_argument",),
     ),
-    ("mask_argument", "a position, a name or None", lambda value: value is None or _is_argument(value)),
+    ("a position, a name or None", lambda value: value is None or _is_argument(value), ("mask_argument",)),
     (
-        "mask_format",
         f"one of {MASK_FORMATS} or a MaskCodec",
         lambda value: isinstance(value, MaskCodec) or is_one_of(value, MASK_FORMATS),
+        ("mask_format",),
     ),
-    ("mask_meaning", *_one_of(("present", "missing"))),
-    ("mask_columns", "a sequence of modalities or None", lambda value: value is None or _are_names(value)),
-    ("per_sample_masks", *_FLAG),
-    ("student_mode", "a mapping or a function", lambda value: isinstance(value, Mapping) or callable(value)),
-    ("student_kwargs", "a mapping", lambda value: isinstance(value, Mapping)),
-    ("fill_missing", *_FUNCTION),
-    ("forward_fn", *_FUNCTION),
-    ("unimodal_outputs", *_FUNCTION),
-    ("students", *_one_of(get_args(StudentMode))),
-    ("copy_features", *_FLAG),
-    ("can_skip_encoders", *_FLAG),
+    ("a sequence of modalities or None", lambda value: value is None or _are_names(value), ("mask_columns",)),
+    ("a mapping or a function", lambda value: isinstance(value, Mapping) or callable(value), ("student_mode",)),
+    ("a mapping", lambda value: isinstance(value, Mapping), ("student_kwargs",)),
+    (
+        "a function or None",
+        lambda value: value is None or callable(value),
+        ("fill_missing", "forward_fn", "unimodal_outputs"),
+    ),
+    (
+        "True or False",
+        lambda value: isinstance(value, bool),
+        ("per_sample_masks", "copy_features", "can_skip_encoders"),
+    ),
+    *((f"one of {choices}", partial(is_one_of, choices=choices), (name,)) for name, choices in _CHOICES.items()),
 )
-"""What each field may be: its name, in words, and as a question."""
+"""What a field may be, in words and as a question, and the fields of that kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +134,8 @@ class BackboneSpec:
     def __post_init__(self) -> None:
         problems = [
             f"{name} must be {wanted}, got {getattr(self, name)!r}"
-            for name, wanted, fits in _KINDS
+            for wanted, fits, names in _KINDS
+            for name in names
             if not fits(getattr(self, name))
         ]
         raise_problems(problems, what="BackboneSpec")
@@ -164,6 +159,6 @@ class BackboneSpec:
         if self.mask_columns is not None:
             object.__setattr__(self, "mask_columns", tuple(self.mask_columns))
 
-    def replaced(self, **changes: Any) -> Self:
+    def replaced(self, **changes: Any) -> BackboneSpec:
         """Return a copy with some fields changed."""
         return replace(self, **changes)

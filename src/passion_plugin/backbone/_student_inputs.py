@@ -104,15 +104,9 @@ def with_dummy_students(
     A forward of a sharded backbone is a collective call: processes whose batches need different students would wait
     for each other for ever.
 
-    Args:
-        student_inputs: students that the batch needs.
-        complete: students that a sample with every modality needs.
-
     Returns:
-        A student for each of ``complete``, of the first row where the batch needs none; and which of them stand in.
-
-    Raises:
-        UsageError: the batch needs a student that a complete sample does not need.
+        A student for each that a ``complete`` sample needs, of the first row where the batch does not need it; and
+        whether it is such a dummy.
 
     Example:
         >>> import torch
@@ -122,14 +116,12 @@ def with_dummy_students(
         ([(('t1',), [0]), (('t2',), [1, 3])], [True, False])
     """
     wanted = {student_input.modalities: student_input for student_input in student_inputs}
-    known = {student_input.modalities for student_input in complete}
-    if not wanted.keys() <= known:
+    known = [student_input.modalities for student_input in complete]
+    unknown = wanted.keys() - known
+    if unknown:
         raise UsageError(
-            f"the strategy asks for students of {sorted(wanted.keys() - known)}, which no complete sample needs: the "
-            f"processes that share a sharded backbone cannot know of them. Use DistributedDataParallel"
+            f"the strategy asks for students of {sorted(unknown)}, which no complete sample needs: the processes that "
+            f"share a sharded backbone cannot know of them. Use DistributedDataParallel"
         )
-    filled = [
-        wanted.get(student_input.modalities, StudentInput(student_input.modalities, torch.tensor([0])))
-        for student_input in complete
-    ]
-    return filled, [student_input.modalities not in wanted for student_input in complete]
+    filled = [wanted.get(names, StudentInput(names, torch.tensor([0]))) for names in known]
+    return filled, [names not in wanted for names in known]

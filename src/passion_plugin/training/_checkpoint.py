@@ -19,14 +19,9 @@ _ENTRIES = ("modalities", "strategy", "settings", "strategy_state")
 def extra_state(modalities: Sequence[str], strategy: Strategy) -> dict[str, Any]:
     """Return what ``state_dict()`` of the engine holds besides its modules.
 
-    Args:
-        modalities: M names, in mask-column order.
-        strategy: prepared for these modalities.
-
-    Returns:
-        Plain entries, and the state of the strategy as the bytes of ``torch.save``: a distributed checkpoint takes
-        dictionaries apart and restores only what the model it is loaded into has already, but a strategy may fill a
-        dictionary in its first step.
+    The state of the strategy is in it as the bytes of ``torch.save``: a distributed checkpoint takes dictionaries apart
+    and restores only what the model it is loaded into has already, but a strategy may fill a dictionary in its first
+    step.
     """
     buffer = io.BytesIO()
     torch.save(strategy.state_dict(), buffer)
@@ -43,18 +38,8 @@ def load_extra_state(state: Any, modalities: Sequence[str], strategy: Strategy) 
     """Restore what :func:`extra_state` returned, all of it or nothing.
 
     Names of modalities decide. Settings that differ are a warning: a checkpoint is also loaded to predict, or to go on
-    with other weights. Settings that one side does not know are left alone.
-
-    Args:
-        state: anything.
-        modalities: M names, in mask-column order.
-        strategy: changed in place.
-
-    Warns:
-        PassionWarning: the settings differ, or another strategy wrote the state, which is then left out.
-
-    Raises:
-        ConfigError: it is no such state, of a newer version, or of other modalities; nothing has been changed.
+    with other weights. Settings that one side does not know are left alone. What another strategy has learned is left
+    out with a warning.
     """
     raise_problems(_problems(state, modalities), what="add-on state")
     if state["strategy"] != strategy.name:

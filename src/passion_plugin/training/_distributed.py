@@ -49,16 +49,7 @@ def all_reduce_sum(values: Tensor, what: str) -> Tensor:
 
 
 def check_heads(heads: nn.ModuleList, backbone: nn.Module, *, single_call: bool) -> None:
-    """Check that the gradients of heads are reduced over all processes.
-
-    Args:
-        heads: students of a backbone that cannot predict from a single modality; else empty.
-        backbone: that backbone.
-        single_call: whether the target came with the call.
-
-    Raises:
-        UsageError: they would not be, or DistributedDataParallel would stumble over them.
-    """
+    """Check that the gradients of heads are reduced over all processes; ``single_call``: the target was in the call."""
     if not len(heads) or not is_distributed():
         return
     if is_sharded(backbone):

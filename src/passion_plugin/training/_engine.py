@@ -32,7 +32,7 @@ from passion_plugin.training._checkpoint import extra_state, load_extra_state
 from passion_plugin.training._distributed import check_heads
 from passion_plugin.training._frequencies import ModalityFrequencies
 from passion_plugin.training._gradient_scaling import EncoderGradientScaling
-from passion_plugin.training._metrics import epoch_metrics
+from passion_plugin.training._metrics import by_modality, epoch_metrics
 from passion_plugin.training._objective import LossTerms, ensure_requires_grad
 from passion_plugin.training._preference import EpochReport, PreferenceEstimator
 from passion_plugin.training._state import state_problems
@@ -149,7 +149,8 @@ class PassionEngine(nn.Module):
         self._running = True
         try:
             dropped, self._step = self._step is not None, None  # Its graphs must be gone before the next ones come.
-            self._scaling.finish()
+            self._scaling.check()
+            self._scaling.remove()
             if dropped:
                 self._warn_once(
                     "forward ran again before passion_loss of the previous forward was taken; that step is dropped. "
@@ -164,7 +165,8 @@ class PassionEngine(nn.Module):
             return raw if target is None else (raw, self.loss(target))
         except BaseException:
             # Nobody comes back for a step that failed, not even where only the target was refused.
-            self._drop_step()
+            self._step = None
+            self._scaling.remove()
             raise
         finally:
             self._running = False
@@ -200,7 +202,7 @@ class PassionEngine(nn.Module):
                 strategy.record(factors)
                 self._scaling.install(step.adapter.encoders, factors, noise=strategy.noise)
         except BaseException:
-            self._drop_step()
+            self._scaling.remove()
             raise
         return ensure_requires_grad(step.with_unused(torch.zeros((), device=labels.device) if loss is None else loss))
 
@@ -233,9 +235,9 @@ class PassionEngine(nn.Module):
         """Update the preference, or what the strategy keeps; to be called once per epoch, on every rank."""
         self._scaling.check()
         report = self._last_epoch = self.strategy.end_epoch()
-        counts = {} if report.skipped is None else dict(zip(report.modalities, report.skipped.tolist(), strict=True))
-        if any(counts.values()):
-            found = ", ".join(f"{name!r}: {count:.0f}" for name, count in counts.items() if count)
+        skipped = by_modality(epoch_metrics(report), "skipped")
+        if skipped:
+            found = ", ".join(f"{name!r}: {count:.0f}" for name, count in skipped.items())
             self._warn_once(
                 f"in epoch {report.epoch} comparisons of modalities were NaN or infinite and were left out ({found}): "
                 f"features or logits overflowed, or weights are NaN. What balances the modalities stays finite; the "
@@ -292,14 +294,7 @@ class PassionEngine(nn.Module):
         return extra_state(self.modalities, self.strategy)
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore what :meth:`get_extra_state` returned.
-
-        Warns:
-            PassionWarning: it was saved with other settings, or by another strategy, whose state is left out.
-
-        Raises:
-            ConfigError: it is no such state, or of other modalities; nothing has been changed.
-        """
+        """Restore what :meth:`get_extra_state` returned; warnings and errors as :func:`set_passion_state_dict`."""
         load_extra_state(state, self.modalities, self.strategy)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -339,7 +334,7 @@ class PassionEngine(nn.Module):
             available,
             keep_rng_state=config.share_random_state,
             keep_features=strategy.needs_features,
-            copy_features=self._collective,
+            copy_features=bool(self._collective),
             skip=self._skip(adapter),
         )
         if first:
@@ -365,27 +360,21 @@ class PassionEngine(nn.Module):
         )
 
     def _skip(self, adapter: BackboneAdapter) -> Skip:
-        wanted = self.config.skip_missing_encoders
-        if not adapter.spec.can_skip_encoders or not wanted:
-            return "no"
-        if self._collective:
-            if wanted is True:
-                raise UsageError(
-                    "skip_missing_encoders=True, but a forward of this backbone waits for all processes, because it is "
-                    "sharded or has SyncBatchNorm layers, and each process lacks other modalities: use 'auto', which "
-                    "runs every encoder there"
-                )
+        wanted = adapter.spec.can_skip_encoders and self.config.skip_missing_encoders
+        if self._collective and wanted is True:
+            raise UsageError(
+                "skip_missing_encoders=True, but a forward of this backbone waits for all processes, because it is "
+                "sharded or has SyncBatchNorm layers, and each process lacks other modalities: use 'auto', which "
+                "runs every encoder there"
+            )
+        if self._collective or not wanted:
             return "no"
         return "absent" if wanted == "auto" else "rows"
 
     def _students(
         self, adapter: BackboneAdapter, fused: FusedPass, available: Tensor
     ) -> tuple[list[Student], tuple[Tensor, ...]]:
-        """Run the students of a batch; return them and what the loss must depend on although nothing uses it.
-
-        Processes that train together need the same parameters to have a gradient, and the same passes to be in the
-        graph, whatever their batches hold.
-        """
+        """Run the students of a batch; return them and :attr:`TrainingStep.unused`."""
         strategy, config = self.strategy, self.config
         inputs = strategy.student_inputs(available)
         is_dummy = [False] * len(inputs)
@@ -400,28 +389,21 @@ class PassionEngine(nn.Module):
             inputs, is_dummy = with_dummy_students(inputs, strategy.student_inputs(complete))
         with torch.set_grad_enabled(strategy.students == "trained"):
             ran = run_students(adapter, fused, inputs, config, self.heads)
-        students = [student for student, dummy in zip(ran, is_dummy, strict=True) if not dummy]
-        unused = [
-            tensor
-            for student, dummy in zip(ran, is_dummy, strict=True)
-            if dummy
-            for tensor in student.prediction.tensors()
-        ]
+        students: list[Student] = []
+        unused: list[Tensor] = []
+        for student, dummy in zip(ran, is_dummy, strict=True):
+            if dummy:
+                unused += student.prediction.tensors()
+            else:
+                students.append(student)
         # Heads without a student in this batch would have no gradient here and one in another process.
-        unused += [
-            parameter
-            for modality, head in zip(self.modalities, self.heads, strict=False)
-            if all(modality not in student.modalities for student in students)
-            for parameter in head.parameters()
-        ]
+        for modality, head in zip(self.modalities, self.heads, strict=False):
+            if all(modality not in student.modalities for student in students):
+                unused += head.parameters()
         return students, tuple(tensor for tensor in unused if tensor.requires_grad)
 
     def _needs_heads(self, adapter: BackboneAdapter) -> bool:
         return self.strategy.students == "trained" and adapter.spec.students == "heads"
-
-    def _drop_step(self) -> None:
-        self._step = None
-        self._scaling.remove()
 
     def _warn_once(self, message: str, key: str = "") -> None:
         if (key or message) not in self._warned:
@@ -516,9 +498,7 @@ def get_passion_state_dict(model: Any) -> dict[str, Any]:
         >>> torch.save(get_passion_state_dict(model), "passion.pt")                            # doctest: +SKIP
         >>> set_passion_state_dict(model, torch.load("passion.pt", weights_only=True))         # doctest: +SKIP
     """
-    engine = find_engine(model)
-    _refuse_sharded_heads(engine)
-    state = engine.state_dict()
+    state = _engine_of_whole_heads(model).state_dict()
     return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
@@ -536,8 +516,7 @@ def set_passion_state_dict(model: Any, state: Mapping[str, Any]) -> None:
         UsageError: there is no engine in ``model``, or there are several, or its heads are sharded.
         ConfigError: it is no such state, or of other modalities or heads.
     """
-    engine = find_engine(model)
-    _refuse_sharded_heads(engine)
+    engine = _engine_of_whole_heads(model)
     if not isinstance(state, Mapping):
         raise ConfigError(f"the add-on state is {describe(state)}; pass what get_passion_state_dict() returned")
     found = {key.removeprefix("heads."): value for key, value in state.items() if key.startswith("heads.")}
@@ -567,7 +546,8 @@ def _refuse_second_engine(backbone: nn.Module) -> None:
         )
 
 
-def _refuse_sharded_heads(engine: PassionEngine) -> None:
+def _engine_of_whole_heads(model: Any) -> PassionEngine:
+    engine = find_engine(model)
     # Only a DTensor has full_tensor; importing its class takes a second.
     if any(hasattr(value, "full_tensor") for value in engine.heads.state_dict().values()):
         raise UsageError(
@@ -575,14 +555,11 @@ def _refuse_sharded_heads(engine: PassionEngine) -> None:
             "load the whole model with torch.distributed.checkpoint in every process (docs/checkpoints.md"
             "#distributed-checkpoints), or load the add-on state before fully_shard(model)"
         )
+    return engine
 
 
 def _check_first(adapter: BackboneAdapter, fused: FusedPass) -> None:
-    """Check what the first training pass shows about the backbone.
-
-    Raises:
-        BackboneError: reentrant activation checkpointing, or a softmax over a single class.
-    """
+    """Check what the first training pass shows about the backbone."""
     logits = fused.prediction.logits
     if passes_reentrant((fused.raw, logits)):
         raise BackboneError(reentrant_problem())
@@ -594,11 +571,7 @@ def _check_first(adapter: BackboneAdapter, fused: FusedPass) -> None:
 
 
 def _refuse_copies_of_the_teacher(fused: FusedPass, students: Sequence[Student]) -> None:
-    """Refuse students that all see what the teacher saw: there would be nothing to distil, without a word.
-
-    Raises:
-        BackboneError: every student has the features of the teacher, bit for bit.
-    """
+    """Refuse students that all see what the teacher saw: there would be nothing to distil, without a word."""
     pairs = [(student.prediction.features, fused.prediction.rows(student.rows).features) for student in students]
     if pairs and all(torch.equal(ours, theirs) and bool(theirs.any()) for ours, theirs in pairs):
         raise BackboneError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from passion_plugin._validate import as_tuple, modality_problems
+from passion_plugin._validate import as_tuple, is_number, modality_problems
 from passion_plugin.errors import ConfigError, raise_problems, suggest
 
 
@@ -54,7 +54,7 @@ class ModalityFrequencies:
         if presence is not None:
             return cls._of_table(modalities, presence)
         rates, problems = values_by_modality(missing_rates, modalities)
-        problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not _is_rate(rate)]
+        problems += [f"rate {rate!r} is not in [0, 1)" for rate in rates if not is_number(rate, least=0, below=1)]
         raise_problems(problems, what="missing_rates")
         return cls(tuple(1 / (1 - float(rate)) for rate in rates), None, None)
 
@@ -102,7 +102,3 @@ def values_by_modality(values: Any, modalities: Sequence[str]) -> tuple[list[Any
     if listed is None:
         return [], [f"got {values!r}, need {wanted}"]
     return list(listed), [] if len(listed) == len(modalities) else [f"got {len(listed)}, need {wanted}"]
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and bool(0 <= value < 1)

@@ -17,18 +17,22 @@ from passion_plugin.errors import UsageError, raise_problems
 
 
 class _Scale:
-    """Multiplies a gradient by a constant."""
+    """Multiplies a gradient by a constant; with ``noise`` adds noise as large as its entries are spread."""
 
     # Tells torch that a parameter may be pickled without a warning although this hook is left behind.
     __torch_unserializable__ = True
 
-    def __init__(self, coefficient: Tensor) -> None:
+    def __init__(self, coefficient: Tensor, *, noise: bool = False) -> None:
         self.coefficient = coefficient
+        self.noise = noise
         self.acted = False
 
     def __call__(self, gradient: Tensor) -> Tensor:
         self.acted = True
-        return gradient * self.coefficient.to(gradient)
+        scaled = gradient * self.coefficient.to(gradient)
+        if self.noise and gradient.numel() > 1:
+            scaled = scaled + torch.randn_like(gradient) * gradient.std()
+        return scaled
 
 
 def scale_gradient(term: Tensor, coefficient: Tensor) -> Tensor:
@@ -56,14 +60,6 @@ def scale_gradient(term: Tensor, coefficient: Tensor) -> Tensor:
     return term
 
 
-class _NoisyScale(_Scale):
-    """Multiplies a gradient by a constant, and adds noise as large as its entries are spread."""
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        scaled = super().__call__(gradient)
-        return scaled + torch.randn_like(gradient) * gradient.std() if gradient.numel() > 1 else scaled
-
-
 class EncoderGradientScaling:
     """Scales everything that reaches the parameters of each encoder, from every loss (OGM-GE's rule)."""
 
@@ -77,21 +73,14 @@ class EncoderGradientScaling:
         *,
         noise: bool = False,
     ) -> None:
-        """Replace all hooks by new ones.
+        """Replace all hooks by new ones, for the modalities that have a coefficient, a scalar each.
 
-        Args:
-            encoders: modules of each modality.
-            coefficients: scalar of each modality whose encoder is to be scaled.
-            noise: add Gaussian noise with the standard deviation of the gradient before it was scaled.
-
-        Raises:
-            UsageError: parameters are sharded; a hook on them would never run.
+        ``noise`` adds Gaussian noise with the standard deviation of the gradient before it was scaled.
         """
         self.remove()
         for modality, coefficient in coefficients.items():
-            hook = (_NoisyScale if noise else _Scale)(coefficient.detach())
-            modules = encoders[modality]
-            parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+            hook = _Scale(coefficient.detach(), noise=noise)
+            parameters = {id(p): p for module in encoders[modality] for p in module.parameters() if p.requires_grad}
             # Only sharded tensors have placements. Their gradient is put there without a trip through autograd.
             if any(hasattr(parameter, "placements") for parameter in parameters.values()):
                 raise UsageError(
@@ -104,11 +93,7 @@ class EncoderGradientScaling:
                 self._handles.append((hook, parameter.register_hook(hook)))
 
     def check(self) -> None:
-        """Raise when somebody else took hooks away before they acted; once, the others are removed too.
-
-        Raises:
-            UsageError: the gradients of this step were not, or will not be, scaled.
-        """
+        """Raise, once, when somebody else took hooks away before they acted; the others are removed then."""
         if any(not hook.acted and handle.id not in (handle.hooks_dict_ref() or ()) for hook, handle in self._handles):
             self.remove()
             raise UsageError(
@@ -116,11 +101,6 @@ class EncoderGradientScaling:
                 "something clears the hooks of all tensors, or replaced parameters, between forward and backward. Do "
                 "that before forward or after backward"
             )
-
-    def finish(self) -> None:
-        """Take all hooks away when their step is over, and check that they were there."""
-        self.check()
-        self.remove()
 
     def remove(self) -> None:
         """Take all hooks away."""
@@ -141,15 +121,7 @@ def check_untied_encoders(
     *,
     what: str = "modulation='encoder' needs encoders of their own (or use 'distillation')",
 ) -> None:
-    """Refuse encoders that share parameters: each would be scaled once for every owner.
-
-    Args:
-        encoders: modules of each modality.
-        what: start of the message.
-
-    Raises:
-        ConfigError: naming the modalities.
-    """
+    """Refuse encoders that share parameters: each would be scaled once for every owner."""
     owners: dict[int, str] = {}
     pairs: dict[tuple[str, str], None] = {}
     for modality, modules in encoders.items():

@@ -1,4 +1,4 @@
-"""Numbers for loggers: one flatten dictionary, whatever strategy runs."""
+"""Numbers for loggers: one flat dictionary, whatever strategy runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flatten(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def by_modality(metrics: Mapping[str, Any], quantity: str) -> dict[str, float]:
-    """Return one quantity of a flatten dict by modality, without what is no finite number.
+    """Return one quantity of a flat dict by modality, without what is no finite number.
 
     Example:
         >>> by_modality({"epoch": 3.0, "beta/flair": 0.5, "beta/t1": None}, "beta")
@@ -40,7 +40,7 @@ def by_modality(metrics: Mapping[str, Any], quantity: str) -> dict[str, float]:
 
 
 def is_of_an_epoch(key: str) -> bool:
-    """Whether a key of a flatten dict is one of :data:`EPOCH_QUANTITIES` of a modality."""
+    """Whether a key of a flat dict is one of :data:`EPOCH_QUANTITIES` of a modality."""
     return key.partition("/")[0] in EPOCH_QUANTITIES
 
 

@@ -89,16 +89,7 @@ def collect_terms(
     outputs: Outputs,
     own_loss: UnimodalLoss | None = None,
 ) -> dict[str, Tensor]:
-    """Compare every student with its teacher and sort the results into matrices.
-
-    Args:
-        teacher: of the whole batch; its gradient is not used.
-        students: of some rows each.
-        labels: (B, *spatial), or masks, at any resolution.
-        modalities: M names.
-        config: hyper-parameters.
-        outputs: ``"softmax"`` or ``"sigmoid"``.
-        own_loss: see :func:`unimodal_loss`.
+    """Compare every student with the teacher of the whole batch; labels may have any resolution.
 
     Returns:
         The fields ``pixel``, ``prototype``, ``distance`` and ``unimodal`` of :class:`LossTerms`, (B, M) each.
@@ -128,13 +119,6 @@ def distillation_terms(
     .. math:: K = \kappa(z^s, z^t) + \sum_j 2^{-j} \kappa(z^s_j, z^t_j)
 
     with one term for each coarse output.
-
-    Args:
-        student: prediction of n samples.
-        teacher: prediction of the same samples, without gradient.
-        labels: (n, *spatial), or masks, at any resolution.
-        config: temperature and mode.
-        outputs: ``"softmax"`` or ``"sigmoid"``.
 
     Returns:
         pixel, prototype and distance terms, (n,) each.
@@ -167,17 +151,9 @@ def distillation_terms(
 def unimodal_loss(
     logits: Tensor, labels: Tensor, config: PassionConfig, outputs: Outputs, own_loss: UnimodalLoss | None = None
 ) -> Tensor:
-    """Return the segmentation loss, (n,), of a prediction that saw one modality.
+    """Return the segmentation loss, (n,), of a prediction that saw one modality; labels may have any resolution.
 
-    Args:
-        logits: (n, K, *spatial).
-        labels: (n, *spatial) or masks (n, K, *spatial), at any resolution.
-        config: mode and backend.
-        outputs: ``"softmax"`` or ``"sigmoid"``.
-        own_loss: the user's loss; None: weighted cross-entropy plus Dice. A scalar counts for each of the n samples.
-
-    Raises:
-        UsageError: ``own_loss`` gives anything but a scalar or (n,) numbers.
+    By the user's own loss, of which a scalar counts for each of the n samples, or weighted cross-entropy plus Dice.
     """
     labels = resize_labels(labels, tuple(logits.shape[2:]))
     if own_loss is not None:

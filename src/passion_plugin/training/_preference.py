@@ -122,17 +122,9 @@ def project_beta(beta: Tensor, *, norm: float, minimum: float) -> Tensor:
 def usable_distances(distance: Tensor, presence: Tensor, modalities: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Check one batch of distances and blank what is absent or not finite.
 
-    Args:
-        distance: (B, M) floating point.
-        presence: (B, M) bool, True = present.
-        modalities: the M names.
-
     Returns:
         ``(distance, presence, usable)``, (B, M), on the device of ``distance``: at least float32 with zeros
         where unusable; bool as given; bool, present and finite.
-
-    Raises:
-        InputError: wrong shape or dtype; a sample without any modality, where ``presence`` is on the CPU.
     """
     size = len(modalities)
     problems = []
@@ -165,15 +157,6 @@ def usable_distances(distance: Tensor, presence: Tensor, modalities: tuple[str, 
     presence = presence.to(distance.device, non_blocking=distance.device.type != "cpu")
     usable = presence & torch.isfinite(distance)
     return torch.where(usable, distance, 0), presence, usable
-
-
-def presence_counts_of(counts: Any, modalities: tuple[str, ...], problems: list[str]) -> Tensor | None:
-    """Return numbers of training samples as (M,) float64; what is wrong is appended to ``problems``."""
-    numbers, found = values_by_modality(counts, modalities)
-    if not found and not all(is_number(number, above=0) for number in numbers):
-        found = [f"got {numbers}, need positive numbers; leave out a modality that nobody has"]
-    problems += [f"presence_counts: {problem}" for problem in found]
-    return None if found else torch.tensor([float(number) for number in numbers], dtype=torch.float64)
 
 
 class PreferenceEstimator(nn.Module):
@@ -268,8 +251,13 @@ class PreferenceEstimator(nn.Module):
             problems.append(f"beta_min={beta_min!r}, beta_max={beta_max!r}: need 0 < min <= 1 <= max")
         self.presence_counts: Tensor | None = None
         if presence_counts is not None:
-            self.presence_counts = presence_counts_of(presence_counts, self.modalities, problems)
+            counts, found = values_by_modality(presence_counts, self.modalities)
+            if not found and not all(is_number(count, above=0) for count in counts):
+                found = [f"got {counts}, need positive numbers; leave out a modality that nobody has"]
+            problems += [f"presence_counts: {problem}" for problem in found]
         raise_problems(problems, what="PreferenceEstimator")
+        if presence_counts is not None:
+            self.presence_counts = torch.tensor([float(count) for count in counts], dtype=torch.float64)
         self.mode = mode
         self.eta_initial, self.eta_growth, self.eta_every = float(eta), float(eta_growth), int(eta_every)
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
@@ -317,15 +305,8 @@ class PreferenceEstimator(nn.Module):
     def gate(self, distance: Tensor, presence: Tensor) -> Tensor:
         """Return omega (B, M) bool: True where a modality lags behind and its prototypes are distilled.
 
-        Args:
-            distance: (B, M) floating point.
-            presence: (B, M) bool, True = present.
-
-        Returns:
-            (B, M) bool, False wherever a modality is absent or its distance is not finite.
-
-        Raises:
-            InputError: as in :meth:`relative_preference`.
+        False wherever a modality is absent or its distance is not finite. Arguments and errors as in
+        :meth:`relative_preference`.
         """
         preference = self.relative_preference(distance, presence)
         if self.mode == "default":
@@ -335,20 +316,12 @@ class PreferenceEstimator(nn.Module):
 
     @torch.no_grad()
     def update(self, distance: Tensor, presence: Tensor) -> None:
-        """Add one batch to the sums of the running epoch.
-
-        Args:
-            distance: (B, M) floating point.
-            presence: (B, M) bool, True = present.
-
-        Raises:
-            InputError: as in :meth:`relative_preference`.
-        """
+        """Add one batch to the sums of the running epoch; arguments and errors as in :meth:`relative_preference`."""
         distance, presence, finite = usable_distances(distance, presence, self.modalities)
         usable = finite
         if self.mode == "default":
             alone = presence.sum(1, keepdim=True) == 1
-            usable = usable & ~(alone & (distance == 0))
+            usable = finite & ~(alone & (distance == 0))
         self._move(distance.device)
         self._sums = self._sums + distance.to(self._sums.dtype).sum(0)
         self._counts = self._counts + usable.to(self._counts.dtype).sum(0)
@@ -412,9 +385,6 @@ class PreferenceEstimator(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Restore what :meth:`get_extra_state` returned.
-
-        Args:
-            state: that dictionary.
 
         Raises:
             ConfigError: it is not such a state, or belongs to other modalities; nothing has been changed.

@@ -126,10 +126,8 @@ class TrainingStep:
         active = torch.zeros(len(labels), 1, dtype=torch.bool)
         for student in students:
             active[student.rows] = True
-        active = active.to(self.teacher.logits.device)
-        matrices = collect_terms(
-            self.teacher, students, labels, ("subset",), config, self.adapter.spec.outputs, own_loss
-        )
+        active, outputs = active.to(self.teacher.logits.device), self.adapter.spec.outputs
+        matrices = collect_terms(self.teacher, students, labels, ("subset",), config, outputs, own_loss)
         return LossTerms(("subset",), **matrices, gate=active, active=active, supervised=active, subset=None)
 
     def _own_unimodal(self, config: PassionConfig) -> Sequence[Tensor] | None:

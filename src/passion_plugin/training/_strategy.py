@@ -78,9 +78,7 @@ class Strategy:
             raise UsageError(f"this {type(self).__name__} belongs to another model; make one for each model")
         self.modalities = tuple(modalities)
         self.config, self.frequencies = config, frequencies
-        self._sums = torch.zeros(len(self.modalities))
-        self._counts = torch.zeros(len(self.modalities))
-        self._skipped = torch.zeros(len(self.modalities))
+        self._sums, self._counts, self._skipped = (torch.zeros(len(self.modalities)) for _ in range(3))
         self._last_factors: dict[str, Tensor] = {}
 
     def check(self, adapter: BackboneAdapter) -> None:
@@ -120,9 +118,7 @@ class Strategy:
     def factors(self, step: TrainingStep, labels: Tensor) -> dict[str, Tensor]:
         """Return a scalar for each encoder whose gradient is to be scaled in the backward of this step.
 
-        Args:
-            step: as for :meth:`loss`, which is called first.
-            labels: as for :meth:`loss`.
+        Arguments as for :meth:`loss`, which is called first.
 
         Returns:
             By modality; no entry where the batch says nothing about a modality, which then gets no hook. Where
@@ -131,11 +127,7 @@ class Strategy:
         return {}
 
     def constant_factors(self) -> dict[str, Tensor]:
-        """Return factors that no batch changes: they act from the end of the forward on, before the target is known.
-
-        Returns:
-            By modality, a scalar each.
-        """
+        """Return factors that no batch changes, a scalar by modality: they act before the target is known."""
         return {}
 
     def record(self, factors: Mapping[str, Tensor]) -> None:
@@ -177,18 +169,15 @@ class Strategy:
         """End the epoch and report it; to be called on every process, whose sums are added.
 
         Returns:
-            ``beta`` is the mean factor of each modality over the steps of the epoch that had one (:attr:`neutral`
-            where none had), ``counts`` their number; a rule that updates weights reports those instead.
+            ``beta`` is the mean factor of each modality over the steps of the epoch that had one, or
+            :attr:`default_factor`; ``counts`` is their number. A rule that updates weights reports those instead.
         """
         stacked = torch.cat([tensor.cpu().double() for tensor in (self._sums, self._counts, self._skipped)])
-        sums, counts, skipped = all_reduce_sum(
-            stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}"
-        ).chunk(3)
+        totals = all_reduce_sum(stacked, f"epoch {self.epoch} of {self.name} on {self.modalities}")
+        sums, counts, skipped = totals.chunk(3)
         mean = torch.where(counts > 0, sums / counts, self.default_factor)
-        unknown = torch.full_like(mean, math.nan)
-        report = EpochReport(
-            self.modalities, self.epoch, mean, torch.zeros_like(mean), unknown, counts, skipped=skipped
-        )
+        nothing, unknown = torch.zeros_like(mean), torch.full_like(mean, math.nan)
+        report = EpochReport(self.modalities, self.epoch, mean, nothing, unknown, counts, skipped=skipped)
         self.epoch += 1
         self._sums, self._counts, self._skipped = (torch.zeros(len(self.modalities)) for _ in range(3))
         return report
@@ -342,11 +331,7 @@ class PassionRule(Strategy):
     def terms(self, step: TrainingStep, labels: Tensor) -> LossTerms:
         """Return the terms of a step before any weight: what a variation of the method overrides.
 
-        Students see one modality each, those of ``subset_students`` several.
-
-        Args:
-            step: as for :meth:`loss`.
-            labels: as for :meth:`loss`.
+        Arguments as for :meth:`loss`. Students see one modality each, those of ``subset_students`` several.
         """
         return step.terms(labels, self.config, self.preference, self.unimodal_loss)
 
