@@ -155,7 +155,7 @@ def check_parity(problem: Problem, names: Sequence[str]) -> None:
     for name in names:
         ours = Ours(quiet, CONFIGS[name])
         found = {"gradient": _gradient(ours, batch)}
-        terms = ours.model.loss_terms()
+        terms = ours.model.passion.loss_terms()
         found |= {term: getattr(terms, term)[active] for term in _TERMS}
         for what, reference in expected.items():
             error = relative_error(found[what], reference)

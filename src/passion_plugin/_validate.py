@@ -181,7 +181,7 @@ def check_outputs(problems: Problems, mode: object, outputs: object) -> None:
 
 
 def check_map(problems: Problems, name: str, value: object, *, channels: str = "K", minimum: int = 1) -> bool:
-    """``value`` must be a floating (B, channels, *spatial) tensor with 2 or 3 spatial axes; return if its shape is."""
+    """Check that a map is floating, (B, channels, *spatial) with 2 or 3 axes; return whether its shape is usable."""
     layout = f"(B, {channels}, H, W) or (B, {channels}, D, H, W)"
     found = f"{name} is {describe(value)}"
     if not isinstance(value, Tensor):

@@ -148,7 +148,7 @@ class TestGradients:
         model = wrap(net, RedCore(weight=0.7))
         beta = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
         state = model.passion.strategy.state_dict()
-        model.passion.strategy.load_state_dict({**state, "estimator": {**state["estimator"], "beta": beta}})
+        model.passion.strategy.load_state_dict({**state, "beta": beta})
         found = run(model, MIXED, own=False)
         bare = copy.deepcopy(net)
         x, _, y = batch(MIXED, dtype=torch.float64)

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from passion_plugin.errors import ConfigError, InputError
-from passion_plugin.losses import dice_loss, pixel_distillation, prototype_distillation, weighted_cross_entropy
+from passion_plugin.losses import (
+    _pixel,
+    _prototype,
+    _segmentation,
+    dice_loss,
+    pixel_distillation,
+    prototype_distillation,
+    weighted_cross_entropy,
+)
 
 Z = torch.zeros(2, 3, 4, 4)
 Y = torch.zeros(2, 4, 4, dtype=torch.long)
@@ -189,3 +198,20 @@ def test_losses_trace_without_a_graph_break() -> None:
 
     compiled = torch.compile(total, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(z), total(z))
+
+
+def test_operators_are_annotated_with_types_which_is_all_that_torch_2_5_reads() -> None:
+    for module in (_pixel, _prototype, _segmentation):
+        operators = [value for value in vars(module).values() if isinstance(value, CustomOpDef)]
+        assert len(operators) == 2
+        for operator in operators:
+            assert not any(isinstance(kind, str) for kind in operator._init_fn.__annotations__.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int16])
+def test_masks_of_any_dtype_are_read(dtype: torch.dtype) -> None:
+    masks = torch.zeros(2, 3, 4, 4, dtype=dtype)
+    dice_loss(Z, masks, outputs="sigmoid")
+    masks[0, 0, 0, 0] = 2
+    with pytest.raises(InputError, match=r"values such as 2.*threshold soft masks first"):
+        dice_loss(Z, masks, outputs="sigmoid")

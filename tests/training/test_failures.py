@@ -371,8 +371,6 @@ def _factors(model: PassionWrapper) -> list[float]:
     state = model.passion.strategy.state_dict()
     for key in ("_skipped", "skipped", "_sums", "_counts", "sums", "counts", "samples_seen"):
         state.pop(key, None)
-    if "estimator" in state:
-        state["estimator"] = {key: state["estimator"][key] for key in ("sums", "counts", "beta")}
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     factors = [value for key, value in model.passion.metrics().items() if key.startswith("factor/")]
     return [*factors, *(float(value) for tensor in tensors for value in tensor.flatten())]
@@ -666,3 +664,13 @@ class TestStudentsThatAreTheTeacher:
         net = MeanNet(M)
         nn.init.zeros_(net.classifier.weight)
         assert step(wrap(net)).isfinite()
+
+    def test_a_first_batch_that_failed_does_not_count_as_looked_at(self) -> None:
+        net = NoMaskNet(M)
+        spec = spec_of(net, students="replay", mask_argument=None)
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec)
+        x, mask, y = batch([[1, 1, 1]] * 2)
+        with pytest.raises(InputError):
+            model(x * float("nan"), passion_presence=mask, passion_target=y)
+        with pytest.raises(BackboneError, match="the very features of the teacher"):
+            model(x, passion_presence=mask, passion_target=y)

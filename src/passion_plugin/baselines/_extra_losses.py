@@ -202,7 +202,6 @@ class RedCore(Strategy):
 
     name = "redcore"
     students = "trained"
-    state_keys = ("epoch",)
 
     def __init__(
         self,
@@ -247,9 +246,13 @@ class RedCore(Strategy):
         self.estimator.update(losses.detach(), step.presence)
         return self.weight * weighted.sum(1).mean()
 
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        """Number of epochs that ended."""
+        return self.estimator.epoch
+
     def end_epoch(self) -> EpochReport:
         """Update the weights; to be called on every process, whose sums are added."""
-        self.epoch += 1
         return self.estimator.end_epoch()
 
     def settings(self) -> dict[str, Any]:
@@ -258,9 +261,8 @@ class RedCore(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, sums and counts; see :meth:`Strategy.state_dict`."""
-        return {**super().state_dict(), "estimator": self.estimator.get_extra_state()}
+        return self.estimator.get_extra_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`Strategy.load_state_dict`."""
-        super().load_state_dict(state)
-        self.estimator.set_extra_state(state["estimator"])
+        self.estimator.set_extra_state(state)

@@ -79,14 +79,10 @@ class SlowWeights:
         Raises:
             ConfigError: it is no such state, or one of another model or with other numbers; nothing has been changed.
         """
-        problems = state_problems(self.state_dict(), state)
-        if not problems and state["slow"].keys() != self._slow.keys():
-            problems = [f"it has the weights {sorted(state['slow'])}, this model has {sorted(self._slow)}"]
-        if not problems:
-            options = {"rate": self.rate, "every": self.every}
-            problems = [
-                f"{key} was {state[key]!r} and is {now!r} now" for key, now in options.items() if state[key] != now
-            ]
-        raise_problems(problems, what="state of SlowWeights")
+        raise_problems(state_problems(self.state_dict(), state), what="state of SlowWeights")
+        raise_problems(state_problems(self._slow, state["slow"]), what="state of SlowWeights, its weights")
+        options = {"rate": self.rate, "every": self.every}
+        changed = [f"{key} was {state[key]!r} and is {now!r} now" for key, now in options.items() if state[key] != now]
+        raise_problems(changed, what="state of SlowWeights")
         self.steps = state["steps"]
         self._slow = {name: state["slow"][name].to(fast, copy=True) for name, fast in self._fast.items()}

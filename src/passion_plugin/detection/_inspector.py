@@ -103,15 +103,17 @@ class Inspector:
         if "classifier" in fields:
             named = [match for match in found.classifier.matches if match.name == fields["classifier"]]
             report.match = named[-1] if named else None
-        elif not self._choose_classifier(found, fields):
+        elif (classifier := self._classifier(found)) is None:
             return None, ()
+        else:
+            fields["classifier"] = classifier
         if "outputs" not in fields:
             fields["outputs"] = self._outputs()
         spec = BackboneSpec(**fields)
         alternatives = () if "encoders" in self.known else found.alternatives()
         return spec if "student_mode" in self.known else with_student_mode(self.probe, spec), alternatives
 
-    def _choose_classifier(self, found: FoundModules, fields: dict[str, Any]) -> bool:
+    def _classifier(self, found: FoundModules) -> str | None:
         search, match = found.classifier, found.classifier.best()
         self.report.match = match
         if match is None:
@@ -134,14 +136,14 @@ class Inspector:
                 f"or switch the other outputs off, and name it as classifier="
             )
         else:
-            fields["classifier"] = match.name
             if getattr(self.probe.backbone.get_submodule(match.name), "in_channels", 0) == match.classes:
                 self.report.warnings.append(
                     f"what enters {match.name!r}, the last layer, has one channel for each class: it may refine logits "
                     f"(a learned up-sampling?), which would then be compared as features. If so, name the layer that "
                     f"makes them as classifier="
                 )
-        return "classifier" in fields
+            return match.name
+        return None
 
     def _outputs(self) -> str:
         match = self.report.match

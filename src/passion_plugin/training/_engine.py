@@ -93,7 +93,8 @@ class PassionEngine(nn.Module):
         self.previous_forward: Any = None
         self._attached = self._detached = self._running = False
         self._disabled = 0
-        self._collective: bool | None = None  # Known after the first training pass.
+        self._checked = False  # Whether a first training pass has been looked at.
+        self._collective = False  # What that found: whether a forward is a collective call.
         self._scaling = EncoderGradientScaling()
         self._step: TrainingStep | None = None
         self._warned: set[str] = set()
@@ -303,7 +304,7 @@ class PassionEngine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running step: graph tensors can be neither copied nor pickled."""
-        fresh = {"_step": None, "_running": False, "_collective": None, "_scaling": EncoderGradientScaling()}
+        fresh = {"_step": None, "_running": False, "_checked": False, "_scaling": EncoderGradientScaling()}
         return {**self.__dict__, **fresh}
 
     def _prepared(self, call: BackboneCall) -> BackboneAdapter:
@@ -323,14 +324,14 @@ class PassionEngine(nn.Module):
 
     def _run(self, adapter: BackboneAdapter, call: BackboneCall, presence: Tensor | None) -> TrainingStep:
         """Run the fused pass and every student that the batch needs."""
-        strategy, config, first = self.strategy, self.config, self._collective is None
+        strategy, config, first = self.strategy, self.config, not self._checked
         available = adapter.check_batch(call, presence)
         if strategy.needs_full_teacher and adapter.has_mask(call) and not adapter.presence_of(call).equal(available):
             raise UsageError(
                 f"strategy {strategy.name!r} takes the network's prediction for that from all modalities of a sample, "
                 "but passion_presence names more of them than the mask lets through; leave passion_presence out"
             )
-        if self._collective is None:
+        if first:
             self._collective = has_collective_forward(adapter.backbone)
         fused = fused_pass(
             adapter,
@@ -346,6 +347,7 @@ class PassionEngine(nn.Module):
         students, unused = self._students(adapter, fused, available)
         if first:
             _refuse_copies_of_the_teacher(fused, students)
+            self._checked = True
         return TrainingStep(
             adapter=adapter,
             call=fused.call,
