@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from passion_plugin._types import Mode, Outputs
+from passion_plugin._types import Backend, Mode, Outputs
 from passion_plugin.errors import ConfigError, InputError, PassionError, raise_problems, suggest
 
 
@@ -163,16 +163,12 @@ def unreadable(tensor: Tensor) -> str:
     return "" if tensor.layout == torch.strided else f"has layout {tensor.layout}; pass tensor.to_dense()"
 
 
-def check_choice(problems: Problems, name: str, value: object, choices: Sequence[str]) -> None:
-    """``value`` must be one of ``choices``."""
-    if not is_one_of(value, choices):
-        problems.settings.append(_unknown(name, value, choices))
-
-
-def check_outputs(problems: Problems, mode: object, outputs: object) -> None:
-    """``mode`` and ``outputs`` must be known, and official mode exists for softmax outputs only."""
-    check_choice(problems, "mode", mode, get_args(Mode))
-    check_choice(problems, "outputs", outputs, get_args(Outputs))
+def check_settings(problems: Problems, mode: object, outputs: object, backend: object) -> None:
+    """Each must be one of its words, and official mode exists for softmax outputs only."""
+    words = (("mode", mode, Mode), ("outputs", outputs, Outputs), ("backend", backend, Backend))
+    for name, value, known in words:
+        if not is_one_of(value, get_args(known)):
+            problems.settings.append(_unknown(name, value, get_args(known)))
     if mode == "official" and outputs == "sigmoid":
         problems.settings.append(
             "mode='official' has no sigmoid outputs: the published code defines softmax only. "
