@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from passion_plugin._types import Mode, Outputs
+from passion_plugin._types import Backend, Mode, Outputs
 from passion_plugin.errors import ConfigError, InputError, PassionError, raise_problems, suggest
 
 
 def is_one_of(value: Any, choices: Sequence[str]) -> bool:
     """Whether ``value`` is one of some words."""
     return isinstance(value, str) and value in choices
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ConfigError with close matches unless ``value`` is one of ``choices``."""
+    if not is_one_of(value, choices):
+        raise ConfigError(_unknown(name, value, choices))
+
+
+def _unknown(name: str, value: object, choices: Sequence[str]) -> str:
+    return f"{name}={value!r} is unknown.{suggest(str(value), choices)}"
 
 
 def is_number(
@@ -59,15 +70,11 @@ def as_tuple(value: Any) -> tuple[Any, ...] | None:
 
 
 def modality_problems(modalities: Any, *, least: int = 1) -> list[str]:
-    """Return what is wrong with names of modalities, one sentence each; an empty list when nothing is.
+    """Return what is wrong with names of modalities, of which there must be ``least``, one sentence each.
 
     Names stand in headers and comments of CSV files and on command lines, so ``,``, white space at the ends and line
     breaks are refused. ``+`` joins names to those of subsets; a name may hold it (``"T1+C"``) as long as every joined
     name can be read in one way only.
-
-    Args:
-        modalities: what the user passed.
-        least: smallest number of names.
 
     Example:
         >>> modality_problems(("T1", "T1+C", "T2"))
@@ -121,13 +128,13 @@ def _is_ambiguous(names: Sequence[str]) -> bool:
 _CLASS_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@dataclass
 class Problems:
-    """Sentences about the call of ``what``, on its plain settings and on its tensors, raised together."""
+    """What is wrong with a call, raised together: with its plain ``settings``, and with its tensors, ``inputs``."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.settings: list[str] = []
-        self.inputs: list[str] = []
+    what: str
+    settings: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
 
     def raise_all(self) -> None:
         """Raise everything found as one InputError, or ConfigError where only settings are wrong."""
@@ -156,16 +163,12 @@ def unreadable(tensor: Tensor) -> str:
     return "" if tensor.layout == torch.strided else f"has layout {tensor.layout}; pass tensor.to_dense()"
 
 
-def check_choice(problems: Problems, name: str, value: object, choices: Sequence[str]) -> None:
-    """``value`` must be one of ``choices``."""
-    if value not in choices:
-        problems.settings.append(f"{name}={value!r} is unknown.{suggest(str(value), choices)}")
-
-
-def check_outputs(problems: Problems, mode: object, outputs: object) -> None:
-    """``mode`` and ``outputs`` must be known, and official mode exists for softmax outputs only."""
-    check_choice(problems, "mode", mode, get_args(Mode))
-    check_choice(problems, "outputs", outputs, get_args(Outputs))
+def check_settings(problems: Problems, mode: object, outputs: object, backend: object) -> None:
+    """Each must be one of its words, and official mode exists for softmax outputs only."""
+    words = (("mode", mode, Mode), ("outputs", outputs, Outputs), ("backend", backend, Backend))
+    for name, value, known in words:
+        if not is_one_of(value, get_args(known)):
+            problems.settings.append(_unknown(name, value, get_args(known)))
     if mode == "official" and outputs == "sigmoid":
         problems.settings.append(
             "mode='official' has no sigmoid outputs: the published code defines softmax only. "
@@ -174,11 +177,7 @@ def check_outputs(problems: Problems, mode: object, outputs: object) -> None:
 
 
 def check_map(problems: Problems, name: str, value: object, *, channels: str = "K", minimum: int = 1) -> bool:
-    """``value`` must be a floating (B, channels, *spatial) tensor with 2 or 3 spatial axes, none empty.
-
-    Returns:
-        Whether its shape is usable for further checks.
-    """
+    """Check that a map is floating, (B, channels, *spatial) with 2 or 3 axes; return whether its shape is usable."""
     layout = f"(B, {channels}, H, W) or (B, {channels}, D, H, W)"
     found = f"{name} is {describe(value)}"
     if not isinstance(value, Tensor):
@@ -198,7 +197,7 @@ def check_map(problems: Problems, name: str, value: object, *, channels: str = "
 def check_pair(
     problems: Problems, student: Tensor, teacher: Tensor, *, features: bool = False, minimum: int = 1
 ) -> bool:
-    """Student and teacher must be maps on one device that agree in shape: logits, or features of any channels.
+    """Student and teacher must be maps on one device that agree in shape, but for the channels of features.
 
     Returns:
         Whether the shape of the student is usable for further checks.
@@ -233,12 +232,11 @@ def check_labels(
 ) -> None:
     """Labels must fit ``reference`` (B, C, *spatial): class numbers (B, *spatial) or masks (B, K, *spatial).
 
-    Class numbers are uint8, int8, int16, int32 or int64 in 0..K-1. Bool class numbers mean False = class
-    0 and True = class 1, so they are taken for K = 2 only. Region masks hold 0 and 1 in any real dtype.
+    Class numbers are integers in 0..K-1, or bool for K = 2. Region masks hold 0 and 1 in any real dtype.
 
     Args:
         problems: collects what is wrong.
-        labels: the argument.
+        labels: what the user passed.
         reference: logits or features, already checked, whose batch, space and device the labels must share.
         num_classes: K.
         kind: which layouts are allowed: ``"classes"``, ``"regions"`` or ``"either"``.

@@ -14,7 +14,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,7 @@ def _inspect(options: argparse.Namespace, problems: list[str]) -> int:
         return 2
     known = {}
     if options.spec is not None:
-        spec = preset(options.spec, model, names)
-        known = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        known = vars(preset(options.spec, model, names))
     kind = _MASKS[options.mask or "bool"]
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
     present = 0 if known.get("mask_meaning") == "missing" else 1

@@ -14,6 +14,7 @@ from passion_plugin.backbone import BackboneAdapter, StudentInput, active_studen
 from passion_plugin.baselines._scores import (
     comparable,
     compared,
+    positive,
     prediction_entropy,
     ratio_to_others,
     student_scores,
@@ -72,15 +73,13 @@ class PMR(Strategy):
         self, alpha: float = 1.0, *, momentum: float = 0.9, entropy_weight: float = 0.0, entropy_epochs: int = 0
     ) -> None:
         super().__init__()
-        problems = []
-        if not is_number(alpha, above=0):
-            problems.append(f"alpha must be a positive number, got {alpha!r}")
-        if not is_number(momentum, least=0, below=1):
-            problems.append(f"momentum must be in [0, 1), got {momentum!r}")
-        if not is_number(entropy_weight, least=0):
-            problems.append(f"entropy_weight must be 0 or more, got {entropy_weight!r}")
-        if not is_int(entropy_epochs, least=0):
-            problems.append(f"entropy_epochs must be an integer, 0 or more, got {entropy_epochs!r}")
+        checks = [
+            ("alpha", alpha, is_number(alpha, above=0), "a positive number"),
+            ("momentum", momentum, is_number(momentum, least=0, below=1), "in [0, 1)"),
+            ("entropy_weight", entropy_weight, is_number(entropy_weight, least=0), "0 or more"),
+            ("entropy_epochs", entropy_epochs, is_int(entropy_epochs, least=0), "an integer, 0 or more"),
+        ]
+        problems = [f"{name} must be {need}, got {value!r}" for name, value, is_good, need in checks if not is_good]
         raise_problems(problems, what="PMR")
         self.alpha, self.momentum = float(alpha), float(momentum)
         self.entropy_weight, self.entropy_epochs = float(entropy_weight), int(entropy_epochs)
@@ -163,7 +162,7 @@ class PMR(Strategy):
 
 
 def _finest(tensors: Sequence[Tensor], ndim: int) -> Tensor:
-    """Return the feature map of the highest resolution among the outputs of an encoder."""
+    """Return the feature map of the highest resolution."""
     maps = feature_maps(tensors, ndim)
     if not maps:
         raise BackboneError("strategy 'pmr': an encoder returns no feature map (B, C, *spatial) to take prototypes of")
@@ -215,9 +214,7 @@ class RedCore(Strategy):
         beta_max: float = 4.0,
     ) -> None:
         super().__init__()
-        if not is_number(weight, above=0):
-            raise ConfigError(f"RedCore: weight must be a positive number, got {weight!r}")
-        self.weight = float(weight)
+        self.weight = positive("RedCore: weight", weight)
         self.options: dict[str, Any] = {
             "eta": eta,
             "eta_growth": eta_growth,

@@ -11,11 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from passion_plugin._validate import is_number
 from passion_plugin.backbone import StudentInput, active_students
 from passion_plugin.baselines._scores import (
     comparable,
     compared,
+    positive,
     ratio_to_others,
     student_scores,
     true_class_loss,
@@ -23,7 +23,6 @@ from passion_plugin.baselines._scores import (
     widened,
 )
 from passion_plugin.config import PassionConfig
-from passion_plugin.errors import ConfigError
 from passion_plugin.training import EpochReport, ModalityFrequencies, Strategy, TrainingStep, all_reduce_sum
 
 _LARGEST_EXPONENT = 7.0
@@ -61,9 +60,7 @@ class OGMGE(Strategy):
 
     def __init__(self, alpha: float = 0.3, *, noise: bool = True) -> None:
         super().__init__()
-        if not is_number(alpha, above=0):
-            raise ConfigError(f"OGMGE: alpha must be a positive number, got {alpha!r}")
-        self.alpha, self.noise = float(alpha), bool(noise)
+        self.alpha, self.noise = positive("OGMGE: alpha", alpha), bool(noise)
 
     def settings(self) -> dict[str, Any]:
         """Return alpha and noise; see :meth:`Strategy.settings`."""
@@ -123,9 +120,7 @@ class AGM(Strategy):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        if not is_number(alpha, above=0):
-            raise ConfigError(f"AGM: alpha must be a positive number, got {alpha!r}")
-        self.alpha = float(alpha)
+        self.alpha = positive("AGM: alpha", alpha)
 
     def prepare(self, modalities: Sequence[str], config: PassionConfig, frequencies: ModalityFrequencies) -> None:
         """Get ready for one model; see :meth:`Strategy.prepare`."""
@@ -187,10 +182,8 @@ def shapley_values(step: TrainingStep) -> Tensor:
         \bigl(z_b(S \cup \{m\}) - z_b(S)\bigr), \qquad z_b(\varnothing) = 0
 
     with :math:`A_b` the :math:`n_b` available modalities of the sample. They sum to the logits from all of them.
-    The network cannot predict from nothing; zero logits, a uniform prediction, stand for that.
-
-    Args:
-        step: with a student for each non-empty proper subset of what each sample has.
+    The network cannot predict from nothing; zero logits, a uniform prediction, stand for that. The step must have a
+    student for each non-empty proper subset of what each sample has.
 
     Returns:
         (B, M, K, *spatial), at least float32; zeros where the sample does not have the modality.

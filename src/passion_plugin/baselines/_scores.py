@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin._types import Outputs
+from passion_plugin._validate import is_number
+from passion_plugin.errors import ConfigError
 from passion_plugin.losses import resize_labels
 from passion_plugin.training import TrainingStep
 
@@ -17,6 +20,13 @@ from passion_plugin.training import TrainingStep
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 at least: sums over a volume overflow in float16 and lose digits in bfloat16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def positive(name: str, value: Any) -> float:
+    """Return ``value``, a positive number, or raise a ConfigError."""
+    if not is_number(value, above=0):
+        raise ConfigError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def true_class_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> Tensor:
@@ -35,7 +45,7 @@ def true_class_probability(logits: Tensor, labels: Tensor, outputs: Outputs) -> 
         outputs: ``"softmax"`` or ``"sigmoid"``.
 
     Returns:
-        (B,), at least float32.
+        (B,), float32 at least.
 
     Example:
         >>> logits = torch.tensor([0.75, 0.25]).log().view(1, 2, 1).expand(1, 2, 4)
@@ -61,15 +71,9 @@ def prediction_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def student_scores(step: TrainingStep, labels: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Score the students, which saw one modality each.
+    """Score students that saw one modality each, (B, M); zero where there is none.
 
-    Args:
-        step: with such students.
-        labels: (B, *spatial) or masks.
-        score: from logits (n, K, *spatial) and labels of n samples to (n,).
-
-    Returns:
-        (B, M), at least float32, zero where there is no student.
+    ``score`` leads from logits (n, K, *spatial) and the labels of these n samples to (n,).
     """
     scores = widened(step.teacher.logits).new_zeros(step.presence.shape)
     for student in step.students:
@@ -86,16 +90,10 @@ def compared(step: TrainingStep) -> list[tuple[int, str]]:
 
 
 def comparable(scores: Tensor, active: Tensor) -> Tensor:
-    """Return where a score is finite and another one of the same sample is too.
+    """Return where a score is finite and another one of the same sample is too, bool (B, M).
 
     A score that overflowed says nothing about its modality, and must not change what is said about the others.
-
-    Args:
-        scores: (B, M).
-        active: bool (B, M): the sample has the modality and at least one other.
-
-    Returns:
-        bool (B, M), on the device of the scores.
+    ``active``, bool (B, M): the sample has the modality and at least one other.
 
     Example:
         >>> scores = torch.tensor([[0.5, 0.25, float("nan")], [0.5, float("inf"), 0.0]])
@@ -113,14 +111,8 @@ def ratio_to_others(scores: Tensor, active: Tensor) -> Tensor:
         \rho_m = \frac{\sum_b a_{bm} s_{bm}}{\sum_b a_{bm} \frac{1}{n_b - 1} \sum_{m' \ne m} a_{bm'} s_{bm'}}
 
     On complete data with two modalities this is the ratio of the batch sums, the discrepancy ratio of OGM-GE and
-    PMR.
-
-    Args:
-        scores: (B, M).
-        active: bool (B, M), a: the sample has the modality and at least one other.
-
-    Returns:
-        (M,); meaningless for a modality that is nowhere active.
+    PMR. From scores s and active a (the sample has the modality and at least one other), (B, M) both, to (M,), which is
+    meaningless for a modality that is nowhere active.
 
     Example:
         >>> scores = torch.tensor([[0.6, 0.2, 0.0], [0.9, 0.3, 0.6]])

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from passion_plugin._validate import describe, is_int, is_one_of
+from passion_plugin._validate import describe, is_int, require_choice
 from passion_plugin.data._presence import PresenceTable
 from passion_plugin.data._subsets import all_subsets, subset_mask
-from passion_plugin.errors import ConfigError, InputError, raise_problems, shortlist, suggest
+from passion_plugin.errors import InputError, raise_problems, shortlist, suggest
 
 Fill = Literal["zeros", "nan"]
 
@@ -45,7 +45,7 @@ def blank_missing(images: Tensor, presence: Tensor, *, fill: Fill = "zeros") -> 
         tensor([[[1., 1., 1.],
                  [0., 0., 0.]]])
     """
-    _check_fill(fill)
+    require_choice("fill", fill, get_args(Fill))
     problems = []
     if not isinstance(images, Tensor):
         problems.append(f"images is {describe(images)}; pass a tensor")
@@ -114,7 +114,7 @@ class IncompleteDataset(Dataset[Any]):
         mask_key: str = "mask",
         id_key: str | None = None,
     ) -> None:
-        _check_fill(fill)
+        require_choice("fill", fill, get_args(Fill))
         problems = []
         if not isinstance(table, PresenceTable):
             problems.append(f"table is {describe(table)}; pass a PresenceTable")
@@ -208,11 +208,6 @@ class IncompleteDataset(Dataset[Any]):
         return blanked.numpy() if isinstance(image, np.ndarray) else blanked
 
 
-def _check_fill(fill: str) -> None:
-    if not is_one_of(fill, get_args(Fill)):
-        raise ConfigError(f"fill={fill!r} is unknown.{suggest(str(fill), get_args(Fill))}")
-
-
 class EvenSubsets(Sampler[tuple[int, NDArray[np.bool_]]]):
     """Draw each subset of the modalities equally often, and for it a sample that contains it.
 
@@ -254,12 +249,11 @@ class EvenSubsets(Sampler[tuple[int, NDArray[np.bool_]]]):
             problems.append(f"length must be 1 or more, got {length!r}")
         raise_problems(problems, what="EvenSubsets")
         self.seed, self.length, self.epoch = seed, len(table) if length is None else length, 0
-        masks = {subset: subset_mask(subset, table.modalities).numpy() for subset in all_subsets(table.modalities)}
-        holders = {subset: np.flatnonzero(table.presence[:, mask].all(axis=1)) for subset, mask in masks.items()}
-        self.subsets = tuple(subset for subset, rows in holders.items() if len(rows))
-        self.left_out = tuple(subset for subset, rows in holders.items() if not len(rows))
-        self._masks = [masks[subset] for subset in self.subsets]
-        self._holders = [holders[subset] for subset in self.subsets]
+        subsets = all_subsets(table.modalities)
+        self._masks = {subset: subset_mask(subset, table.modalities).numpy() for subset in subsets}
+        self._holders = {s: np.flatnonzero(table.presence[:, self._masks[s]].all(axis=1)) for s in subsets}
+        self.subsets = tuple(subset for subset in subsets if len(self._holders[subset]))
+        self.left_out = tuple(subset for subset in subsets if not len(self._holders[subset]))
 
     def __len__(self) -> int:
         return self.length
@@ -272,9 +266,9 @@ class EvenSubsets(Sampler[tuple[int, NDArray[np.bool_]]]):
         for _ in range(self.length):
             if not order:
                 order = generator.permutation(len(self.subsets)).tolist()
-            number = order.pop()
+            subset = self.subsets[order.pop()]
             # Not tensors: a loader with workers would share each by a file of its own.
-            yield int(generator.choice(self._holders[number])), self._masks[number].copy()
+            yield int(generator.choice(self._holders[subset])), self._masks[subset].copy()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the next pass, for a training that is resumed."""

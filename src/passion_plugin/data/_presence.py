@@ -57,7 +57,7 @@ class PresenceTable:
         # Collected before they are checked: an iterator gives its items once.
         ids, modalities = as_tuple(self.sample_ids), as_tuple(self.modalities)
         problems = modality_problems(self.modalities if modalities is None else modalities)
-        problems += _id_problems(self.sample_ids if ids is None else ids)
+        problems += [f"sample_ids={self.sample_ids!r}; pass a list of names"] if ids is None else _id_problems(ids)
         presence = np.array(self.presence)
         if ids is None or modalities is None:
             raise_problems(problems, what="PresenceTable")
@@ -235,10 +235,7 @@ class PresenceTable:
         return {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
 
 
-def _id_problems(sample_ids: Any) -> list[str]:
-    ids = as_tuple(sample_ids)
-    if ids is None:
-        return [f"sample_ids={sample_ids!r}; pass a list of names"]
+def _id_problems(ids: tuple[Any, ...]) -> list[str]:
     problems = [] if ids else ["there is no sample"]
     odd = [name for name in ids if not isinstance(name, str) or not name.strip() or not name.isprintable()]
     if odd:
@@ -254,7 +251,7 @@ def _parse_comments(
 ) -> tuple[dict[str, float] | None, int | None]:
     """Read nominal rates and seed from the comment lines; all other comments are the user's own."""
     rates: dict[str, float] | None = None
-    seed = None
+    seed: int | None = None
     for line, comment in comments:
         key, _, value = (part.strip() for part in comment.partition(":"))
         try:
@@ -279,9 +276,9 @@ def draw_presence(
 
     Modality m is missing in exactly :math:`\mathrm{round}(r_m N)` samples, drawn independently of the other modalities.
     A sample that ends up with nothing gets a modality of a random sample that has at least two, which leaves the
-    numbers as they are. (Redrawing empty samples, as is usual, makes the real rates lower than the nominal ones.) Where
-    rounding would leave no sample with a modality, or fewer entries than samples, the numbers give way by as little as
-    possible; real rates are within 1 / N of the nominal ones, and ``describe()`` reports both.
+    numbers as they are. (Redrawing empty samples would make the real rates lower than the nominal ones.) Where rounding
+    would leave no sample with a modality, or fewer entries than samples, the numbers give way by as little as possible;
+    real rates are within 1 / N of the nominal ones, and ``describe()`` reports both.
 
     Args:
         samples: ids of the samples, or their number.

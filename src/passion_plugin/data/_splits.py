@@ -17,14 +17,9 @@ from passion_plugin.errors import ConfigError, raise_problems, shortlist
 _HEADER = ["data_name", "mask_id", "mask", "pos_mask_ids"]
 
 # Columns that are present, for mask ids 0 to 14 of the published files.
-_PRESENT_BY_ID = (
-    *("3", "1", "2", "0"),
-    *("13", "12", "02", "23", "03", "01"),
-    *("012", "023", "013", "123"),
-    "0123",
-)
+_PRESENT = ("3", "1", "2", "0", "13", "12", "02", "23", "03", "01", "012", "023", "013", "123", "0123")
 
-_MASKS = tuple(tuple(str(column) in present for column in range(4)) for present in _PRESENT_BY_ID)
+_MASKS = tuple(tuple(str(column) in present for column in range(4)) for present in _PRESENT)
 
 # NumPy 2 prints its own booleans as np.True_, and the published generator writes whatever is printed.
 _BOOL = r"(?:True|False|np\.True_|np\.False_)"
@@ -121,7 +116,5 @@ def _mask_of(cells: Sequence[str]) -> tuple[bool, ...]:
 def _check_four(modalities: Sequence[str], what: str) -> None:
     problems = modality_problems(modalities)
     if not problems and len(modalities) != 4:
-        problems.append(
-            f"{len(modalities)} modalities, but this format has exactly four; use PresenceTable.save / .load"
-        )
+        problems = [f"{len(modalities)} modalities, but this format has exactly four; use PresenceTable.save / .load"]
     raise_problems(problems, what=what)

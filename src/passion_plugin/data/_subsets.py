@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from passion_plugin._validate import as_tuple, describe, is_one_of, modality_problems
+from passion_plugin._validate import as_tuple, describe, is_one_of, modality_problems, require_choice
 from passion_plugin.errors import ConfigError, InputError, raise_problems, suggest
 
 UniformOver = Literal["subsets", "sizes"]
@@ -71,11 +71,8 @@ def parse_subset(subset: str | Iterable[str], modalities: Sequence[str]) -> tupl
     raise_problems(modality_problems(modalities), what=f"subset {subset!r}")
     modalities = tuple(modalities)
     members = _members(subset, modalities) if isinstance(subset, str) else as_tuple(subset) or ()
-    problems = [
-        f"unknown modality {name!r}.{suggest(str(name), modalities)}"
-        for name in members
-        if not is_one_of(name, modalities)
-    ]
+    unknown = [name for name in members if not is_one_of(name, modalities)]
+    problems = [f"unknown modality {name!r}.{suggest(str(name), modalities)}" for name in unknown]
     if not members:
         problems.append("it is empty; name at least one modality")
     repeated = [name for name, count in Counter(map(str, members)).items() if count > 1]
@@ -145,18 +142,12 @@ def drop_modalities(
         tensor([[ True,  True, False],
                 [False,  True, False]])
     """
-    if not is_one_of(uniform_over, get_args(UniformOver)):
-        raise ConfigError(
-            f"uniform_over={uniform_over!r} is unknown.{suggest(str(uniform_over), get_args(UniformOver))}"
-        )
+    require_choice("uniform_over", uniform_over, get_args(UniformOver))
     if not isinstance(presence, Tensor) or presence.dtype != torch.bool or presence.ndim != 2:
-        raise InputError(
-            f"drop_modalities: presence is {describe(presence)}; pass torch.bool of shape (B, M), True = present"
-        )
+        raise InputError(f"drop_modalities: presence is {describe(presence)}; pass torch.bool of shape (B, M)")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ConfigError(f"drop_modalities: generator is {describe(generator)}; pass a torch.Generator or None")
-    if presence.device.type == "cpu" and not bool(presence.any(1).all()):
-        rows = (~presence.any(1)).nonzero().flatten().tolist()
+    if presence.device.type == "cpu" and (rows := (~presence.any(1)).nonzero().flatten().tolist()):
         raise InputError(f"drop_modalities: no modality at all in rows {rows}; drop such samples from the data")
     source = presence.device if generator is None else generator.device
     batch, size = presence.shape

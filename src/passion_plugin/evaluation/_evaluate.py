@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from passion_plugin._validate import modality_problems
+from passion_plugin._validate import describe, modality_problems
 from passion_plugin.backbone import prediction_of, rival_predictions
 from passion_plugin.data import all_subsets, blank_missing, parse_subset, subset_mask, subset_name
 from passion_plugin.errors import BackboneError, ConfigError, InputError, raise_problems, require, shortlist
@@ -22,20 +22,7 @@ Predict: TypeAlias = Callable[[Any, Any, Tensor], Tensor]
 
 
 def call_model(model: Any, x: Any, mask: Tensor) -> Tensor:
-    """Call ``model(x, mask)`` and find the scores in what it returns, as training does.
-
-    Args:
-        model: any callable.
-        x: its input.
-        mask: bool (B, M).
-
-    Returns:
-        The first floating-point tensor (B, K, *spatial) of the output; of a dict the entry that is called like a
-        prediction, or the only one: :func:`passion_plugin.backbone.prediction_of`.
-
-    Raises:
-        InputError: there is none, or it is unclear which one it is; ``predict=`` is then the way.
-    """
+    """Call ``model(x, mask)`` and find the scores in what it returns, as training does: ``prediction_of``."""
     output = model(x, mask)
     hint = "Pass predict=lambda model, x, mask: ... that returns the scores as (B, K, *spatial)."
     if rivals := rival_predictions(output):
@@ -200,9 +187,7 @@ def evaluate_subsets(
 
 
 class _Batch(NamedTuple):
-    """One batch of a loader; x is a tensor (B, M·C, *spatial), or a container of tensors with B rows."""
-
-    x: Any
+    x: Any  # a tensor (B, M·C, *spatial), or a container of tensors with B rows
     label: Tensor  # (B, ...)
     presence: Tensor  # bool (B, M), which modalities each sample really has
     ids: tuple[str, ...]
@@ -222,14 +207,14 @@ def _score(
     mask = mask.to(batch.presence.device)
     found: dict[str, list[Row] | None] = dict.fromkeys(batch.ids)
     rows = (batch.presence | ~mask).all(dim=1).nonzero().flatten()
-    if not len(rows):
-        return found
     ids = [batch.ids[row] for row in rows.tolist()]
+    if not ids:
+        return found
     scores = predict(model, _inputs(batch.x, rows, mask, modalities), mask.expand(len(rows), -1).clone())
     where = f"subset {subset!r}, samples {ids}"
-    if not isinstance(scores, Tensor) or scores.ndim < 3 or len(scores) != len(rows):
-        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise InputError(f"{where}: the scores are {shape}; they must be (B, K, *spatial) with B = {len(rows)}.")
+    if not isinstance(scores, Tensor) or scores.ndim < 3 or len(scores) != len(ids):
+        found_shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"{where}: the scores are {found_shape}; they must be (B, K, *spatial) with B = {len(ids)}.")
     if bool(scores.isnan().any()):
         raise InputError(f"{where}: the model's scores contain NaN. Is a modality of the input NaN?")
     spacing = None if batch.spacing is None else [batch.spacing[row] for row in rows.tolist()]
@@ -286,8 +271,8 @@ def _read_batch(
             f"image has entries {shortlist(x)} and none for {shortlist(missing)}; name an entry like each "
             "modality, so that what a subset lacks can be blanked, or none of them"
         )
-    given = fields.get("mask")
-    presence = torch.ones(size, len(modalities)) if given is None else _as_tensor(given, "mask")
+    presence = fields.get("mask")
+    presence = torch.ones(size, len(modalities)) if presence is None else _as_tensor(presence, "mask")
     if presence.shape != (size, len(modalities)) or not bool(((presence == 0) | (presence == 1)).all()):
         raise InputError(
             f"mask is {presence.dtype} of shape {tuple(presence.shape)}; it must be (B, M) = "
@@ -307,15 +292,15 @@ def _read_batch(
 
 
 def _fields(item: Any) -> Mapping[str, Any]:
-    if isinstance(item, Mapping) and {"image", "label"} <= set(item):
-        return item
-    if isinstance(item, (tuple, list)) and len(item) in (2, 3):
-        names = ("image", "label") if len(item) == 2 else ("image", "mask", "label")
-        return dict(zip(names, item, strict=True))
+    found = describe(item)
     if isinstance(item, Mapping):
+        if {"image", "label"} <= set(item):
+            return item
         found = f"a mapping with keys {sorted(map(str, item))}"
-    else:
-        found = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
+    elif isinstance(item, (tuple, list)):
+        if len(item) in (2, 3):
+            return {"image": item[0], "mask": item[1] if len(item) == 3 else None, "label": item[-1]}
+        found += f" of {len(item)}"
     raise InputError(
         f"the loader yields {found}; it must yield a mapping with 'image' and 'label' (and 'mask', 'id', "
         "'spacing'), (x, label) or (x, mask, label). Pass batch=function to turn yours into one of these."

@@ -143,10 +143,7 @@ def _check_masks(prediction: Tensor, truth: Tensor) -> None:
 
 @dataclass
 class Scorer:
-    """What is scored, the foreground classes or regions made of them, and by which metrics.
-
-    The attributes are the arguments of the same names of :func:`evaluate_subsets`.
-    """
+    """What is scored, and by which metrics: the arguments of the same names of :func:`evaluate_subsets`."""
 
     num_classes: int | None = None
     regions: Mapping[str, Sequence[int]] | None = None
@@ -160,13 +157,9 @@ class Scorer:
     _has_warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        """Check the arguments together, before any model runs."""
         choices = {"outputs": ("softmax", "sigmoid"), "empty": ("skip", "one"), "hd95_empty": ("zero", "skip")}
-        problems = [
-            f"{name} is {getattr(self, name)!r}; it must be {first!r} or {second!r}."
-            for name, (first, second) in choices.items()
-            if getattr(self, name) not in (first, second)
-        ]
+        wrong = [name for name, words in choices.items() if getattr(self, name) not in words]
+        problems = [f"{name} is {getattr(self, name)!r}; it must be one of {choices[name]}." for name in wrong]
         if not 0 < self.threshold < 1:
             problems.append(f"threshold is {self.threshold}; a probability between 0 and 1 is needed.")
         if not 0 <= self.hd95_penalty < float("inf"):
@@ -182,7 +175,7 @@ class Scorer:
             require(module, extra="monai", purpose="hd95=True")
 
     def conventions(self, unit: str) -> dict[str, Convention]:
-        """Metric -> how it is computed; ``unit`` is that of the distances."""
+        """Return by metric how it is computed; ``unit`` is that of the distances."""
         conventions = {"dice": Convention("fraction", None if self.empty == "skip" else 1.0, 0.0)}
         if self.hd95:
             both = 0.0 if self.hd95_empty == "zero" else None
@@ -198,12 +191,7 @@ class Scorer:
     def values(
         self, scores: Tensor, label: Tensor, spacing: Sequence[Sequence[float]] | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Score one batch.
-
-        Args:
-            scores: (b, K, *spatial).
-            label: (b, ...), see :meth:`true`.
-            spacing: voxel sizes in mm per sample and axis, or None.
+        """Score one batch: scores (b, K, *spatial), and a label as in :meth:`true`.
 
         Returns:
             Metric -> values (b, T), NaN where there is none; and the number of empty masks of each pair, (b, T).
@@ -219,11 +207,7 @@ class Scorer:
         return values, (_sizes(predicted) == 0).int() + (_sizes(true) == 0).int()
 
     def predicted(self, scores: Tensor) -> Tensor:
-        """Predicted masks, bool (B, T, *spatial), from logits or probabilities (B, K, *spatial).
-
-        Raises:
-            InputError: the channels or the range of the scores do not fit.
-        """
+        """Return predicted masks, bool (B, T, *spatial), from logits or probabilities (B, K, *spatial)."""
         channels = scores.shape[1]
         if self.num_classes is not None and channels != self.num_classes:
             raise InputError(f"the model gives {channels} score channels, num_classes is {self.num_classes}.")
@@ -245,16 +229,13 @@ class Scorer:
         return (scores.sigmoid() if self.apply_sigmoid else scores) > self.threshold
 
     def true(self, label: Tensor, channels: int, spatial: torch.Size) -> Tensor:
-        """True masks, bool (B, T, *spatial).
+        """Return true masks, bool (B, T, *spatial), for scores of K ``channels``.
 
         Args:
             label: whole numbers (B, *spatial) or (B, 1, *spatial); or zeros and ones (B, K, *spatial):
                 one-hot classes, or one mask per sigmoid target.
-            channels: score channels K of the model.
-            spatial: spatial shape of its scores.
-
-        Raises:
-            InputError: another shape, a fraction, or a label outside 0..K-1.
+            channels: K.
+            spatial: spatial shape of the scores.
         """
         given = tuple(label.shape)
         needs_masks = self.outputs == "sigmoid" and self.regions is None

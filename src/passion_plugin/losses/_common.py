@@ -29,10 +29,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float32 at least, float64 if any tensor is.
 
     Sums over 80^3 voxels overflow in float16 and lose every digit in bfloat16.
-
-    Example:
-        >>> compute_dtype(torch.zeros(1, dtype=torch.bfloat16))
-        torch.float32
     """
     return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
 
@@ -40,9 +36,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off for the device of ``tensor``, so that matrix products keep their dtype."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def flatten_voxels(maps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ for softmax and sigmoid alike. With c for clamping, the clamped kind has :math:`
 
 import math
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin._types import Backend, Mode, Outputs
-from passion_plugin._validate import Problems, check_choice, check_outputs, check_pair, is_int, is_number
+from passion_plugin._validate import Problems, check_pair, check_settings, is_int, is_number
 from passion_plugin.losses import _common as common
 
 
@@ -82,8 +82,7 @@ def pixel_distillation(
         tensor([0.7616])
     """
     problems = Problems("pixel_distillation")
-    check_outputs(problems, mode, outputs)
-    check_choice(problems, "backend", backend, get_args(Backend))
+    check_settings(problems, mode, outputs, backend)
     if not is_number(temperature, above=0):
         problems.settings.append(f"temperature={temperature!r}, but it must be a finite number above 0.")
     if not is_int(scale_factor, least=1):
@@ -97,10 +96,10 @@ def pixel_distillation(
 def plain_pixel_distillation(
     student: Tensor, teacher: Tensor, temperature: float, kind: str, scale_factor: int
 ) -> Tensor:
-    """The definition, which autograd can differentiate any number of times.
+    """The definition of :func:`pixel_distillation`, which autograd can differentiate any number of times.
 
-    Takes and returns what :func:`pixel_distillation` does. ``kind`` is ``"softmax"``, ``"sigmoid"``, or ``"clamped"``:
-    softmax, up-sampled by ``scale_factor`` (1 for the others), then clamped to [0.005, 1].
+    ``kind`` is ``"softmax"``, ``"sigmoid"``, or ``"clamped"``: softmax, up-sampled by ``scale_factor`` (1 for the
+    others), then clamped to [0.005, 1].
     """
     dtype = common.compute_dtype(student, teacher)
     a_s, a_t = student.to(dtype) / temperature, teacher.detach().to(dtype) / temperature
@@ -237,9 +236,8 @@ def _clamped_sum(qs: Tensor, qt: Tensor) -> Tensor:
 
 def _clamped_slope(qs: Tensor, qt: Tensor) -> Tensor:
     """Derivative for ``qs``, zero below the clamp; overwrites ``qt``."""
-    free = qs.clone().ge_(
-        common.MIN_PROBABILITY
-    )  # in the dtype of qs: products with a bool tensor are several times slower
+    # In the dtype of qs: products with a bool tensor are several times slower.
+    free = qs.clone().ge_(common.MIN_PROBABILITY)
     return qt.clamp_(common.MIN_PROBABILITY, 1).div_(qs.clamp(common.MIN_PROBABILITY, 1)).mul_(free).neg_()
 
 
@@ -255,9 +253,8 @@ _SLAB_PLANES = 32  # in 2-D, more would fill the matrix of the first axis with z
 def _slabs(q: Tensor, scale_factor: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Cut the volume that is ``scale_factor`` times as fine as ``q`` (B, K, *coarse) into slabs of whole planes.
 
-    Yields:
-        The coarse planes that a slab lies between, and its interpolation: one small matrix (fine, coarse) for each
-        spatial axis. Matrix products serve both ways: their transpose is exact and adds up in a fixed order.
+    Yields the coarse planes that a slab lies between, and its interpolation: a small matrix (fine, coarse) for each
+    spatial axis. Matrix products serve both ways: their transpose is exact and adds up in a fixed order.
     """
     first, *others = (_interpolation(size, scale_factor, q) for size in q.shape[2:])
     fine, coarse = first.shape
@@ -266,7 +263,7 @@ def _slabs(q: Tensor, scale_factor: int) -> Iterator[tuple[slice, list[Tensor]]]
     for start in range(0, fine, step):
         stop = min(start + step, fine)
         lowest = start * (coarse - 1) // (fine - 1)
-        highest = -((stop - 1) * (coarse - 1) // (1 - fine))
+        highest = -((stop - 1) * (coarse - 1) // (1 - fine))  # rounded up
         planes = slice(lowest, highest + 1)
         yield planes, [first[start:stop, planes], *others]
 

@@ -18,14 +18,14 @@ features there, and a single one in the backward.
 # No `from __future__ import annotations`: custom_op of torch 2.5 wants types as annotations, not strings.
 
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
 from passion_plugin._types import Backend, Mode
-from passion_plugin._validate import Problems, check_choice, check_labels, check_pair, is_int
+from passion_plugin._validate import Problems, check_labels, check_pair, check_settings, is_int
 from passion_plugin.losses import _common as common
 
 
@@ -84,8 +84,7 @@ def prototype_distillation(
         (tensor([0.5000]), tensor([0.5000]))
     """
     problems = Problems("prototype_distillation")
-    check_choice(problems, "mode", mode, get_args(Mode))
-    check_choice(problems, "backend", backend, get_args(Backend))
+    check_settings(problems, mode, "softmax", backend)
     usable = check_pair(problems, student_features, teacher_features, features=True)
     if not is_int(num_classes, least=1):
         problems.settings.append(f"num_classes={num_classes!r}, but it must be an integer of at least 1.")
@@ -104,9 +103,9 @@ def prototype_distillation(
 def plain_prototype_distillation(
     student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int, official: bool, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition, with maps in memory, which autograd can differentiate any number of times.
+    """The definition of :func:`prototype_distillation`, which autograd can differentiate any number of times.
 
-    Takes and returns what :func:`prototype_distillation` does; ``official``: a class counts if every sample has it.
+    ``official``: a class counts if every sample has it.
     """
     dtype = common.compute_dtype(student, teacher)
     masks = common.class_masks(labels, num_classes, student.ndim)
@@ -140,11 +139,10 @@ def _prototype_op(
     ignore_index: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """P and D of :func:`plain_prototype_distillation`, and what their gradient needs in addition to the inputs.
+    """P (B,) and D (B,), and what their gradient needs in addition to the inputs.
 
-    Returns:
-        P (B,), D (B,), directions of the student's (B, K, Cs) and of the teacher's prototypes (B, K, Ct), weights of
-        the classes (B, K), gradient of P for the student's class sums (B, K, Cs).
+    That is: directions of the student's (B, K, Cs) and of the teacher's prototypes (B, K, Ct), weights of the classes
+    (B, K), gradient of P for the student's class sums (B, K, Cs).
     """
     class_sums, gap_sums, _ = _passes(backend, student, teacher)
     maps = _flatten(student, teacher, labels)

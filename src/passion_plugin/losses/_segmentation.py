@@ -16,7 +16,7 @@ Backward needs nothing else in addition to the inputs: it computes the probabili
 # No `from __future__ import annotations`: custom_op of torch 2.5 wants types as annotations, not strings.
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_plugin._types import Backend, Mode, Outputs
-from passion_plugin._validate import Problems, check_choice, check_labels, check_map, check_outputs
+from passion_plugin._validate import Problems, check_labels, check_map, check_settings
 from passion_plugin.losses import _common as common
 
 
@@ -148,12 +148,11 @@ def _losses(what: str, logits: Tensor, labels: Tensor, *settings: Any) -> tuple[
     """Check the arguments of ``what`` and compute cross-entropy and Dice loss."""
     mode, outputs, check_values, ignore_index, backend = settings
     problems = Problems(what)
-    check_outputs(problems, mode, outputs)
-    check_choice(problems, "backend", backend, get_args(Backend))
+    check_settings(problems, mode, outputs, backend)
     kind, fewest = ("regions", 1) if outputs == "sigmoid" else ("classes", 2)
     if check_map(problems, "logits", logits, minimum=fewest):
-        how = {"kind": kind, "values": check_values, "ignore_index": ignore_index}
-        check_labels(problems, labels, logits, logits.shape[1], **how)
+        num_classes = logits.shape[1]
+        check_labels(problems, labels, logits, num_classes, kind=kind, values=check_values, ignore_index=ignore_index)
     problems.raise_all()
     lowest = common.MIN_PROBABILITY if mode == "official" else 0.0
     entropy, dice, _ = _segmentation_op(logits, labels, lowest, ignore_index, backend)
@@ -163,7 +162,7 @@ def _losses(what: str, logits: Tensor, labels: Tensor, *settings: Any) -> tuple[
 def plain_segmentation(
     logits: Tensor, labels: Tensor, lowest: float, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition, which autograd can differentiate any number of times: weighted cross-entropy (B,) and Dice (B,).
+    """The definition of both losses, (B,) each, which autograd can differentiate any number of times.
 
     Class numbers (B, *spatial) ask for a softmax, masks (B, K, *spatial) for a sigmoid. ``lowest`` is the bound below
     which cross-entropy clamps the probability of the true class; 0: no clamp.

@@ -95,8 +95,6 @@ def plot_subsets(results: SubsetResults | Mapping[str, SubsetResults], *, metric
         ConfigError: no results, or results of several models that do not fit on one scale: a model lacks the metric,
             has other targets, or was evaluated under other conventions.
     """
-    rows: Sequence[str]
-    columns: Sequence[str]
     if several := isinstance(results, Mapping):
         if not results:
             raise ConfigError("plot_subsets: there are no results; pass at least one, by name")
@@ -110,8 +108,8 @@ def plot_subsets(results: SubsetResults | Mapping[str, SubsetResults], *, metric
             if each.conventions.get(metric) != scale or set(each.targets) != set(first.targets)
         ]
         raise_problems(problems, what="plot_subsets", error=ConfigError)
-        rows = list(results)
-        columns = list(dict.fromkeys(subset for each in results.values() for subset in each.subsets))
+        rows = tuple(results)
+        columns = tuple(dict.fromkeys(subset for each in results.values() for subset in each.subsets))
         cells = [
             [each.mean(metric, subsets=subset) if subset in each.subsets else math.nan for subset in columns]
             for each in results.values()
@@ -124,7 +122,7 @@ def plot_subsets(results: SubsetResults | Mapping[str, SubsetResults], *, metric
     fraction = first.conventions[metric].unit == "fraction"
     # Blue is better: more Dice, less distance.
     signed = {"form": "+.1f", "cmap": "RdBu" if fraction else "RdBu_r"}
-    look: dict[str, Any] = signed if metric.endswith(DIFFERENCE) else {}
+    look: Any = signed if metric.endswith(DIFFERENCE) else {}
     # The longest name of a line and, at 45 degrees, of a column take their room beside the grid.
     width = 1.8 + 0.085 * max(map(len, rows)) + (0.55 if several else 0.9) * len(columns)
     height = 1.0 + 0.32 * len(rows) + (0.2 + 0.06 * max(map(len, columns)) if several else 0)
@@ -172,8 +170,8 @@ def plot_overlay(
     given = predictions if label is None else {"truth": label, **predictions}
     panels = {name: torch.as_tensor(each).detach().cpu() for name, each in given.items()}
     _check(picture, panels, modalities)
-    channels = [list(modalities).index(parse_subset(name, modalities)[0]) for name in predictions]
-    channels = channels if label is None else [0, *channels]
+    channels = [] if label is None else [0]
+    channels += [list(modalities).index(parse_subset(name, modalities)[0]) for name in predictions]
 
     if picture.ndim == 4:
         z = best_slice(panels["truth"] if label is not None else torch.stack(list(panels.values())).amax(0))
@@ -188,8 +186,7 @@ def plot_overlay(
     for axes, (name, labels), channel in zip(grid, panels.items(), channels, strict=False):
         draw_case(axes, picture[channel], labels)
         # In lines that are no longer than a panel is wide.
-        title = textwrap.fill(name.replace("+", "+ "), 28).replace("+ ", "+")
-        axes.set_title(title, fontsize=8)
+        axes.set_title(textwrap.fill(name.replace("+", "+ "), 28).replace("+ ", "+"), fontsize=8)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     found = sorted({int(k) for each in panels.values() for k in each.unique() if k > 0})

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -81,12 +82,9 @@ def write_report(
         f"Python {platform.python_version()}"
     )
     hints = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    body = [
-        f"<h1>{escape(run.name)}</h1>",
-        *([f"<ul>{hints}</ul>"] if hints else []),
-        *parts,
-        f"<footer>Made {f'by <code>{escape(command)}</code> ' if command else ''}with {escape(versions)}.</footer>",
-    ]
+    maker = f"by <code>{escape(command)}</code> " if command else ""
+    body = [f"<h1>{escape(run.name)}</h1>", f"<ul>{hints}</ul>" if hints else "", *parts]
+    body.append(f"<footer>Made {maker}with {escape(versions)}.</footer>")
     path.write_text(_PAGE.format(title=escape(run.name), body="\n".join(body)), encoding="utf-8")
     return path, run
 
@@ -98,11 +96,8 @@ def _epochs(run: Run, notes: list[str]) -> list[str]:
         notes.append("No epoch has ended yet: metrics.jsonl has no weights of modalities.")
     parts: list[str] = []
     for title, draw in (("Preference", plot_preference), ("Distance to the fused prediction", plot_distances)):
-        try:
-            picture = _figure(draw(epochs), f"{title} by modality over the epochs")
-        except InputError:  # No epoch has such a quantity.
-            continue
-        parts += [f"<h2>{title}</h2>", picture]
+        with suppress(InputError):  # No epoch has such a quantity.
+            parts += [f"<h2>{title}</h2>", _figure(draw(epochs), f"{title} by modality over the epochs")]
     if not parts:
         return parts
     last = epochs[-1]

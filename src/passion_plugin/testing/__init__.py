@@ -3,7 +3,10 @@
 * :mod:`~passion_plugin.testing.references`: every term as plain loops over NumPy float64.
 * :mod:`~passion_plugin.testing.strategies`: hypothesis strategies for logits, labels, features and presence
   tables (needs ``pip install "passion-plugin[testing]"``; imported only when you ask for it).
-* the ``assert_*`` functions here: plain functions that take a loss and tensors, for pytest or anything else.
+* the ``assert_*`` functions here, for pytest or anything else. They take a ``loss``, any callable that returns one
+  value per sample (B,) or a tuple whose first entry is that; or a ``rule`` over tables (B, M), column = modality. Fix
+  further arguments with a lambda or ``functools.partial``. They raise AssertionError where the property does not hold
+  to the tolerances ``rtol`` and ``atol``, which are meant for float64 inputs.
 
 Example:
     >>> import torch
