@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ class ClassifierSearch:
     prediction: Tensor
     names: dict[nn.Module, str]
     matches: list[Match] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
     candidates: list[str] = field(default_factory=list)
 
     def handlers(self) -> dict[nn.Module, Handler]:
@@ -66,21 +67,19 @@ class ClassifierSearch:
     def best(self) -> Match | None:
         """Return the last match that ran once; the last match when all ran several times."""
         once = [match for match in self.matches if self.calls[match.name] == 1]
-        found = once or self.matches
-        return found[-1] if found else None
+        return next(reversed(once or self.matches), None)
 
     def _capture(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        self.calls[name] = self.calls.get(name, 0) + 1
+        self.calls[name] += 1
         if isinstance(output, Tensor):
             self._compare(name, output)
         return output
 
     def _compare(self, name: str, output: Tensor) -> None:
         wanted = self.prediction
-        if output.ndim == wanted.ndim and output.shape[0] == wanted.shape[0] and output.ndim >= 3:
-            if output.shape[1] == wanted.shape[1]:
-                self.candidates.append(name)
+        if output.ndim == wanted.ndim >= 3 and output.shape[:2] == wanted.shape[:2]:
+            self.candidates.append(name)
             relation = follows(output, wanted)
             if relation is not None:
                 self.matches.append(Match(name, relation, output.shape[1]))
@@ -92,20 +91,11 @@ class ClassifierSearch:
 
 
 def follows(output: Tensor, prediction: Tensor) -> str | None:
-    """Say how a prediction follows from the output of a layer.
-
-    Args:
-        output: (B, K, *spatial or coarser).
-        prediction: (B, K, *spatial).
+    """Say how a prediction (B, K, *spatial) follows from the output (B, K, *spatial or coarser) of a layer.
 
     Returns:
         ``""`` when they are equal, the operations in between such as ``"softmax"`` or
         ``"bilinear interpolation, softmax"``, or None when none of those tried gives the prediction.
-
-    Example:
-        >>> logits = torch.randn(1, 3, 4, 4)
-        >>> follows(logits, logits.softmax(dim=1))
-        'softmax'
     """
     if output.shape[:2] != prediction.shape[:2] or not prediction.is_floating_point():
         return None

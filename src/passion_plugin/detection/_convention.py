@@ -100,13 +100,7 @@ def infer_modalities(images: Any, mask: Any) -> tuple[str, ...]:
 def infer_call_convention(
     backbone: nn.Module, call: BackboneCall, modalities: Sequence[str], known: Mapping[str, Any]
 ) -> CallConvention:
-    """Return how the backbone is called.
-
-    Args:
-        backbone: the module.
-        call: a call of it.
-        modalities: names.
-        known: fields of the spec that need not be inferred.
+    """Return how the backbone is called: ``known`` fields of the spec, the rest inferred from a call of it.
 
     Raises:
         BackboneError: the mask is of no known format.

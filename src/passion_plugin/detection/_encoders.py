@@ -37,7 +37,8 @@ class FoundModules:
     """What runs of the backbone with other content in one modality at a time have shown.
 
     Attributes:
-        private: modality of every module that depends on one modality alone and whose output can be replayed,
+        modalities: names.
+        private: number of the modality of every module that depends on it alone and whose output can be replayed,
             in call order.
         shared: outermost modules that are called for one modality after the other.
         classifier: the search for the classifier, which ran along.
@@ -124,7 +125,7 @@ def uneven_channels(probe: Probe) -> str:
 
 def _prediction(probe: Probe) -> Tensor:
     """Return the part of what the backbone returns that follows from its classifier, if that is known."""
-    raw, prediction = probe.outputs(probe.images(), probe.presence())
+    raw, prediction = probe.outputs()
     if probe.classifier is None:
         return prediction
     relations = [(follows(prediction, part), part) for part in maps_in(raw)]
@@ -147,7 +148,7 @@ def _fingerprints(probe: Probe, x: Any) -> Fingerprints:
         return output
 
     handlers = {module: functools.partial(capture, name) for module, name in _names(probe).items()}
-    probe.run(x, probe.presence(), handlers=handlers)
+    probe.run(x, handlers=handlers)
     return calls
 
 
@@ -180,13 +181,12 @@ def _fingerprint(output: Any, batch: int) -> Fingerprint:
     """Return a few numbers for each tensor, or None for an output that could not be replayed by rows."""
     leaves = tree_leaves(output)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not tensors or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
-        return None
-    if any(tensor.is_nested or unreadable(tensor) for tensor in tensors):
-        return None
-    if any(tensor.ndim == 0 or tensor.shape[0] != batch for tensor in tensors):
-        return None
-    return [_summary(tensor.detach()) for tensor in tensors]
+
+    def has_rows(tensor: Tensor) -> bool:
+        return not (tensor.is_nested or unreadable(tensor)) and tensor.ndim > 0 and len(tensor) == batch
+
+    replayable = bool(tensors) and all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves)
+    return [_summary(tensor.detach()) for tensor in tensors] if replayable and all(map(has_rows, tensors)) else None
 
 
 def _summary(tensor: Tensor) -> Tensor:

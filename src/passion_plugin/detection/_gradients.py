@@ -24,7 +24,6 @@ from passion_plugin.backbone import (
     Prediction,
     Skip,
     StudentInput,
-    fused_pass,
     passes_reentrant,
     patched_forward,
     prediction_of,
@@ -45,31 +44,32 @@ from passion_plugin.errors import PassionError, quoted
 
 
 def true_student(
-    probe: Probe, spec: BackboneSpec, presence: Tensor, student_input: StudentInput, *changed: int
+    probe: Probe,
+    spec: BackboneSpec,
+    student_input: StudentInput | None = None,
+    presence: Tensor | None = None,
+    changed: Sequence[int] = (),
 ) -> Prediction:
     """Return what a student should give: everything runs, on a blanked input with a one-hot mask.
 
     Args:
         probe: the backbone.
         spec: of the backbone.
-        presence: bool (B, M) of the call.
-        student_input: modalities and rows.
-        *changed: numbers of modalities that get other content.
+        student_input: modalities and rows; the first modality in the whole batch when None.
+        presence: bool (B, M) of the call; everything when None.
+        changed: numbers of modalities that get other content.
     """
     adapter = probe.bind(spec.replaced(students="rerun"))
+    presence = probe.presence() if presence is None else presence
     call = probe.arguments(probe.images(*changed), presence)
     nobody = Prediction(torch.empty(0), torch.empty(0))
     reseed()
     fused = FusedPass(call, len(presence), None, nobody, FeatureCache({}))
-    return student_pass(adapter, fused, student_input)
+    return student_pass(adapter, fused, student_input or probe.whole_batch(probe.modalities[0]))
 
 
 def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> list[str]:
-    """Run the backbone in training mode, and look at the graph behind the outputs of encoders and classifier.
-
-    Returns:
-        Encoder modules whose output carries no gradient although they could learn.
-    """
+    """Return encoder modules whose output carries no gradient in training mode although they could learn."""
     # Bound as a re-run: features without gradient are to be understood here, not to raise.
     adapter = probe.bind(spec.replaced(students="rerun"))
     names = {
@@ -88,17 +88,12 @@ def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -
         return output
 
     handlers = {module: functools.partial(capture, module) for module in (*names, adapter.classifier)}
-    presence = probe.presence()
     try:
-        with torch.enable_grad(), patched_forward(handlers):
-            probe.backbone.train()
-            reseed()
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+        with _train_mode(probe.backbone), torch.enable_grad(), patched_forward(handlers):
+            fused = probe.fused(adapter)
     except BackboneRunError as error:
         report.warnings.append(f"a pass in training mode raised {error}")
         return []
-    finally:
-        probe.backbone.eval()
     if passes_reentrant((fused.prediction.logits, prediction_of(fused.raw))):
         named = {**names, adapter.classifier: spec.classifier}
         report.problems.append(reentrant_problem(list(dict.fromkeys(named[module] for module in without_grad))))
@@ -114,22 +109,18 @@ def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -
 
 def check_training(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
     """Run a fused pass and a student in training mode with gradient; ``spec`` says how students are run."""
-    adapter, presence = probe.bind(spec), probe.presence()
+    adapter = probe.bind(spec)
     try:
-        with torch.enable_grad():
-            probe.backbone.train()
-            reseed()
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+        with _train_mode(probe.backbone), torch.enable_grad():
+            fused = probe.fused(adapter)
             if not _trained(probe):
                 report.warnings.append("no parameter requires gradient: there is nothing to train")
             elif spec.students != "heads":
-                student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0]))
+                student_pass(adapter, fused, probe.whole_batch(probe.modalities[0]))
     except BackboneRunError as error:
         report.warnings.append(f"a pass in training mode raised {error}")
     except PassionError as error:
         report.problems.append(f"in training mode: {error}")
-    finally:
-        probe.backbone.eval()
 
 
 def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
@@ -139,14 +130,13 @@ def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> N
     """
     if spec.students == "heads":
         return
-    adapter, presence = probe.bind(spec), probe.presence()
+    adapter = probe.bind(spec)
     with _training_mode(probe.backbone, _restored_buffers):
         try:
-            reseed()
             # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+            fused = probe.fused(adapter)
             with torch.enable_grad():
-                student = student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0])).logits
+                student = student_pass(adapter, fused, probe.whole_batch(probe.modalities[0])).logits
             if not student.requires_grad:
                 return
             before = _copied_buffers(probe.backbone)
@@ -185,12 +175,11 @@ def student_mode_difference(probe: Probe, spec: BackboneSpec, changed: BackboneS
 
     A checkpointed decoder runs again in backward, when the student mode is over.
     """
-    presence, student_input = probe.presence(), _whole_batch(probe, probe.modalities[0])
     with _training_mode(probe.backbone):
         if not _runs(probe, spec):
             return 0.0
         with torch.enable_grad():
-            reference, student = (true_student(probe, how, presence, student_input).logits for how in (spec, changed))
+            reference, student = (true_student(probe, how).logits for how in (spec, changed))
             return _gradient_apart(probe, student, reference, _trained(probe)) or 0.0
 
 
@@ -216,8 +205,7 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
         results = []
         for how in ("no", skip):
             with torch.enable_grad(), _training_mode(probe.backbone):
-                reseed()
-                fused = fused_pass(adapter, probe.arguments(probe.images(), table), table, skip=how)
+                fused = probe.fused(adapter, table, skip=how)
                 outputs = _floating(fused.raw)
                 results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
                 with_grad = [leaf for leaf in outputs if leaf.requires_grad]
@@ -230,18 +218,24 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
 
 
 @contextmanager
+def _train_mode(backbone: nn.Module) -> Iterator[None]:
+    backbone.train()
+    try:
+        yield
+    finally:
+        backbone.eval()
+
+
+@contextmanager
 def _training_mode(
     backbone: nn.Module, keeping: Callable[[nn.Module], AbstractContextManager[None]] = preserved_buffers
 ) -> Iterator[None]:
     """Training mode, but for dropout layers, whose noise would hide other differences; buffers are kept."""
-    backbone.train()
-    try:
+    with _train_mode(backbone):
         for layer in dropout_layers(backbone):
             layer.eval()
         with keeping(backbone):
             yield
-    finally:
-        backbone.eval()
 
 
 @contextmanager
@@ -265,10 +259,6 @@ def _changed_buffers(backbone: nn.Module, before: Mapping[str, Tensor]) -> list[
     return [name for name, buffer in backbone.named_buffers() if not same_values(buffer, before.get(name, buffer))]
 
 
-def _whole_batch(probe: Probe, modality: str) -> StudentInput:
-    return StudentInput((modality,), torch.arange(probe.batch))
-
-
 def _trained(probe: Probe) -> list[nn.Parameter]:
     return [parameter for parameter in probe.backbone.parameters() if parameter.requires_grad]
 
@@ -280,7 +270,7 @@ def _floating(output: Any) -> list[Tensor]:
 def _runs(probe: Probe, spec: BackboneSpec) -> bool:
     """Whether a true run works in the mode that the backbone is in."""
     try:
-        true_student(probe, spec, probe.presence(), _whole_batch(probe, probe.modalities[0]))
+        true_student(probe, spec)
     except PassionError:
         return False
     return True
@@ -293,7 +283,6 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
     batch size flips activations near zero, and gradients with them.
     """
     adapter = probe.bind(spec)
-    presence = probe.presence()
     owners = {
         id(parameter): name
         for name, modules in adapter.encoders.items()
@@ -302,14 +291,12 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
     }
     differences = []
     with torch.enable_grad():
-        reseed()
         with preserved_buffers(probe.backbone):
-            keep = spec.students in ("replay", "mixed")
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence, keep_rng_state=keep)
+            fused = probe.fused(adapter, keep_rng_state=spec.students in ("replay", "mixed"))
         for modality in probe.modalities:
             parameters = [p for p in _trained(probe) if owners.get(id(p), modality) == modality]
-            student_input = _whole_batch(probe, modality)
-            reference = true_student(probe, spec, presence, student_input).logits
+            student_input = probe.whole_batch(modality)
+            reference = true_student(probe, spec, student_input).logits
             if not parameters or not reference.requires_grad:
                 continue
             reseed()
