@@ -14,8 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passion_plugin.backbone import Handler
-
 _EXACT = 8
 """How many units in the last place a recomputed softmax or interpolation may be off."""
 
@@ -43,38 +41,28 @@ class ClassifierSearch:
 
     Attributes:
         prediction: (B, K, *spatial), as the backbone returns it.
-        names: of the modules to look at.
         matches: layers whose output gives the prediction, in call order.
         calls: how often each layer ran.
         candidates: layers whose output has the shape of a prediction, for messages.
     """
 
     prediction: Tensor
-    names: dict[nn.Module, str]
     matches: list[Match] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     candidates: list[str] = field(default_factory=list)
-
-    def handlers(self) -> dict[nn.Module, Handler]:
-        """Return a handler for every layer that could be a classifier."""
-        return {
-            module: functools.partial(self._capture, name)
-            for module, name in self.names.items()
-            if isinstance(module, (_ConvNd, nn.Linear))
-            or (not any(module.children()) and any(True for _ in module.parameters()))
-        }
 
     def best(self) -> Match | None:
         """Return the last match that ran once; the last match when all ran several times."""
         once = [match for match in self.matches if self.calls[match.name] == 1]
         return next(reversed(once or self.matches), None)
 
-    def _capture(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        self.calls[name] += 1
-        if isinstance(output, Tensor):
-            self._compare(name, output)
-        return output
+    def see(self, name: str, module: nn.Module, output: Any) -> None:
+        """Look at the output of a module, if it is a layer."""
+        is_leaf = not any(module.children()) and any(True for _ in module.parameters())
+        if isinstance(module, (_ConvNd, nn.Linear)) or is_leaf:
+            self.calls[name] += 1
+            if isinstance(output, Tensor):
+                self._compare(name, output)
 
     def _compare(self, name: str, output: Tensor) -> None:
         wanted = self.prediction

@@ -34,9 +34,8 @@ class CallConvention:
         return f"{images}; mask: argument {self.mask_argument!r}, {kind}, 1 = {self.mask_meaning}"
 
     @classmethod
-    def of(cls, values: Any) -> CallConvention:
-        """Take the fields from a spec, or those that there are from a mapping."""
-        given = values if isinstance(values, Mapping) else vars(values)
+    def of(cls, given: Mapping[str, Any]) -> CallConvention:
+        """Take those fields that there are from fields of a spec."""
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ from passion_plugin.detection._probe import (
     relative_difference,
 )
 from passion_plugin.detection._report import BackboneReport, dropout_layers
-from passion_plugin.detection._sandbox import reseed, same_values
-from passion_plugin.errors import PassionError, quoted
+from passion_plugin.detection._sandbox import reseed, same_values, sandbox
+from passion_plugin.errors import BackboneError, PassionError, quoted
 
 
 def true_student(
@@ -52,12 +52,8 @@ def true_student(
 ) -> Prediction:
     """Return what a student should give: everything runs, on a blanked input with a one-hot mask.
 
-    Args:
-        probe: the backbone.
-        spec: of the backbone.
-        student_input: modalities and rows; the first modality in the whole batch when None.
-        presence: bool (B, M) of the call; everything when None.
-        changed: numbers of modalities that get other content.
+    Unless said otherwise it sees the first modality in a whole batch with everything present; ``changed`` modalities
+    get other content.
     """
     adapter = probe.bind(spec.replaced(students="rerun"))
     presence = probe.presence() if presence is None else presence
@@ -69,7 +65,11 @@ def true_student(
 
 
 def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> list[str]:
-    """Return encoder modules whose output carries no gradient in training mode although they could learn."""
+    """Return encoder modules whose output carries no gradient in training mode although they could learn.
+
+    Raises:
+        BackboneError: reentrant activation checkpointing.
+    """
     # Bound as a re-run: features without gradient are to be understood here, not to raise.
     adapter = probe.bind(spec.replaced(students="rerun"))
     names = {
@@ -96,8 +96,7 @@ def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -
         return []
     if passes_reentrant((fused.prediction.logits, prediction_of(fused.raw))):
         named = {**names, adapter.classifier: spec.classifier}
-        report.problems.append(reentrant_problem(list(dict.fromkeys(named[module] for module in without_grad))))
-        return []
+        raise BackboneError(reentrant_problem(list(dict.fromkeys(named[module] for module in without_grad))))
     return [
         name
         for module, name in names.items()
@@ -131,7 +130,7 @@ def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> N
     if spec.students == "heads":
         return
     adapter = probe.bind(spec)
-    with _training_mode(probe.backbone, _restored_buffers):
+    with sandbox(probe.backbone), _train_mode(probe.backbone, dropout=False):
         try:
             # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
             fused = probe.fused(adapter)
@@ -139,11 +138,12 @@ def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> N
                 student = student_pass(adapter, fused, probe.whole_batch(probe.modalities[0])).logits
             if not student.requires_grad:
                 return
-            before = _copied_buffers(probe.backbone)
+            before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
             _backward([student], _trained(probe))
         except PassionError:  # check_training() has said so
             return
-        moved = _changed_buffers(probe.backbone, before)
+        buffers = probe.backbone.named_buffers()
+        moved = [name for name, buffer in buffers if not same_values(buffer, before.get(name, buffer))]
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in moved))
     if layers:
         text = (
@@ -163,7 +163,7 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
     more. Training mode decides, since networks may checkpoint in training only; evaluation mode does where students
     and true runs differ in training for another reason, such as noise.
     """
-    with _training_mode(probe.backbone):
+    with _comparable_training(probe.backbone):
         differences: list[float | None] = _gradient_differences(probe, spec) if _runs(probe, spec) else [None]
     if None in differences:
         differences = _gradient_differences(probe, spec)
@@ -175,7 +175,7 @@ def student_mode_difference(probe: Probe, spec: BackboneSpec, changed: BackboneS
 
     A checkpointed decoder runs again in backward, when the student mode is over.
     """
-    with _training_mode(probe.backbone):
+    with _comparable_training(probe.backbone):
         if not _runs(probe, spec):
             return 0.0
         with torch.enable_grad():
@@ -189,12 +189,8 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards (statistics
     of batch normalisation may follow what a skipped encoder would output) and, for ``"absent"``, the gradient of all
     parameters. Where encoders run on fewer rows, rounding flips activations near zero and gradients with them.
-
-    Args:
-        probe: the backbone.
-        spec: with encoders.
-        skip: ``"absent"``: one half of the modalities is missing in all rows, then the other. ``"rows"``: another
-            one in each row.
+    For ``"absent"`` one half of the modalities is missing in all rows, then the other; for ``"rows"`` another one in
+    each row.
     """
     adapter = probe.bind(spec)
     worst = 0.0
@@ -204,7 +200,7 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
         results = []
         for how in ("no", skip):
-            with torch.enable_grad(), _training_mode(probe.backbone):
+            with torch.enable_grad(), _comparable_training(probe.backbone):
                 fused = probe.fused(adapter, table, skip=how)
                 outputs = _floating(fused.raw)
                 results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
@@ -218,45 +214,21 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
 
 
 @contextmanager
-def _train_mode(backbone: nn.Module) -> Iterator[None]:
+def _train_mode(backbone: nn.Module, *, dropout: bool = True) -> Iterator[None]:
     backbone.train()
     try:
+        for layer in [] if dropout else dropout_layers(backbone):
+            layer.eval()
         yield
     finally:
         backbone.eval()
 
 
 @contextmanager
-def _training_mode(
-    backbone: nn.Module, keeping: Callable[[nn.Module], AbstractContextManager[None]] = preserved_buffers
-) -> Iterator[None]:
+def _comparable_training(backbone: nn.Module) -> Iterator[None]:
     """Training mode, but for dropout layers, whose noise would hide other differences; buffers are kept."""
-    with _train_mode(backbone):
-        for layer in dropout_layers(backbone):
-            layer.eval()
-        with keeping(backbone):
-            yield
-
-
-@contextmanager
-def _restored_buffers(backbone: nn.Module) -> Iterator[None]:
-    """Let buffers move, which batch normalisation prevents under :func:`preserved_buffers`; put them back on exit."""
-    before = _copied_buffers(backbone)
-    try:
+    with _train_mode(backbone, dropout=False), preserved_buffers(backbone):
         yield
-    finally:
-        buffers = dict(backbone.named_buffers())
-        with torch.no_grad():
-            for name in _changed_buffers(backbone, before):
-                buffers[name].copy_(before[name])
-
-
-def _copied_buffers(backbone: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-
-
-def _changed_buffers(backbone: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, buffer in backbone.named_buffers() if not same_values(buffer, before.get(name, buffer))]
 
 
 def _trained(probe: Probe) -> list[nn.Parameter]:

@@ -11,14 +11,15 @@ from torch import nn
 
 from passion_plugin.backbone import PREDICTION_KEYS, BackboneCall, BackboneSpec, rival_predictions
 from passion_plugin.detection._checks import check_batch, check_mask, check_modules, mask_meaning
+from passion_plugin.detection._classifier import ClassifierSearch
 from passion_plugin.detection._convention import CallConvention, example_call, infer_call_convention, infer_modalities
-from passion_plugin.detection._encoders import Encoders, FoundModules, find_modules, uneven_channels
+from passion_plugin.detection._encoders import Encoders, find_modules, uneven_channels
 from passion_plugin.detection._gradients import check_buffers, check_training, cut_off_encoders, skipping_difference
-from passion_plugin.detection._probe import EFFECT, BackboneRunError, Probe
+from passion_plugin.detection._probe import BackboneRunError, Probe
 from passion_plugin.detection._report import BackboneReport, batch_norms, module_summary
 from passion_plugin.detection._sandbox import lazy_parameters, sandbox
 from passion_plugin.detection._student_modes import choose_student_mode, true_runs, with_student_mode
-from passion_plugin.errors import ConfigError, PassionError, listed, quoted, suggest
+from passion_plugin.errors import BackboneError, ConfigError, PassionError, listed, quoted, suggest
 
 # Relative differences. Convolutions over another number of rows add up in another order.
 _SAME, _SAME_BUT_FOR_ROUNDING = 1e-6, 1e-4
@@ -85,7 +86,7 @@ def inspect_call(
     """Find out how a backbone can be wrapped, with the arguments of a real call; with a ``spec``, only check that."""
     report = BackboneReport(type(backbone).__name__, tuple(modalities))
     known = {} if spec is None else vars(spec)
-    return _inspect(report, backbone, call, known, searching=spec is None, through_call=False)
+    return _inspect(report, backbone, call, known, searching=spec is None)
 
 
 def _inspect_example(
@@ -97,11 +98,10 @@ def _inspect_example(
             raise ConfigError(f"BackboneSpec has no field {name!r}.{suggest(name, names)}")
     known = {"mask_argument": None if example_mask is None else 1, **known}
     report = BackboneReport(type(backbone).__name__)
-    through_call = known.get("forward_fn") is not None
     try:
         inferred = infer_modalities(example_input, example_mask) if modalities is None else modalities
         report.modalities = tuple(inferred)
-        if through_call:
+        if known.get("forward_fn") is not None:
             call = BackboneCall((example_input, example_mask), {})
         else:
             where = known.get("input_argument", 0), known["mask_argument"]
@@ -109,25 +109,20 @@ def _inspect_example(
     except PassionError as error:
         report.problems.append(str(error))
         return report
-    return _inspect(report, backbone, call, known, searching=True, through_call=through_call)
+    return _inspect(report, backbone, call, known, searching=True)
 
 
 def _inspect(
-    report: BackboneReport,
-    backbone: nn.Module,
-    call: BackboneCall,
-    known: Mapping[str, Any],
-    *,
-    searching: bool,
-    through_call: bool,
+    report: BackboneReport, backbone: nn.Module, call: BackboneCall, known: Mapping[str, Any], *, searching: bool
 ) -> BackboneReport:
-    """Fill the report; with ``through_call`` the call is ``(images, mask)`` for the ``forward_fn`` that is known."""
+    """Fill the report; when searching with a ``forward_fn`` that is known, the call is ``(images, mask)`` for it."""
     if len(report.modalities) < 2:
         report.problems.append(f"there must be at least two modalities, got {report.modalities}: pass modalities=")
         return report
     hint = ""
     try:
         convention = infer_call_convention(backbone, call, report.modalities, known)
+        through_call = searching and convention.forward_fn is not None
         classifier = known.get("classifier")
         probe = Probe(backbone, call, report.modalities, convention, through_call=through_call, classifier=classifier)
         hint = probe.vector_hint()
@@ -171,11 +166,11 @@ class _Inspector:
     searching: bool
 
     def run(self) -> None:
-        """Ask everything, as far as the answers allow."""
+        """Ask everything, as far as the answers allow; raise what leaves nothing to ask."""
         report, probe, known = self.report, self.probe, self.known
         check_modules(probe.backbone, report)
-        if self.searching and "classifier" not in known and self._has_rivals():
-            return
+        if self.searching and "classifier" not in known:
+            self._check_rivals()
         meaning = mask_meaning(probe)
         if self.searching and not probe.through_call and "mask_meaning" not in known:
             self.convention = replace(self.convention, mask_meaning=meaning)
@@ -190,32 +185,26 @@ class _Inspector:
             check_mask(probe, report, inverted=meaning != how.mask_meaning, try_bool=try_bool)
         if problem := uneven_channels(probe):
             report.problems.append(problem)
-        alternatives: Sequence[Encoders] = ()
         if self.searching:
             spec, alternatives = self._found_spec(per_sample_masks)
         else:
-            spec = BackboneSpec(**{**known, "per_sample_masks": per_sample_masks})
-        if spec is not None and not report.problems:
+            spec, alternatives = BackboneSpec(**{**known, "per_sample_masks": per_sample_masks}), []
+        if not report.problems:
             decided = self._decided(spec, alternatives)
             report.spec = None if report.problems else decided
 
-    @property
-    def _noisy(self) -> bool:
-        return self.report.batch is not None and self.report.batch.noise > EFFECT
-
-    def _has_rivals(self) -> bool:
-        """Whether the prediction cannot be told from the rest of a dictionary: answers would be about any of it."""
+    def _check_rivals(self) -> None:
+        """Raise where the prediction cannot be told from the rest of a dictionary: answers would be about any of it."""
         rivals = rival_predictions(self.probe.run())
         if rivals:
-            self.report.problems.append(
+            raise BackboneError(
                 f"the backbone returns a dictionary in which {quoted(rivals, 20)} may each be the prediction (none is "
                 f"called one of {quoted(PREDICTION_KEYS, 20)}). Name the last layer of the fused prediction as "
                 f"classifier="
             )
-        return bool(rivals)
 
-    def _found_spec(self, per_sample_masks: bool) -> tuple[BackboneSpec | None, Sequence[Encoders]]:
-        """Return the spec, if a classifier was found, and sets of encoder modules to try instead of its own."""
+    def _found_spec(self, per_sample_masks: bool) -> tuple[BackboneSpec, list[Encoders]]:
+        """Return the spec, and sets of encoder modules to try instead of its own."""
         report = self.report
         found = find_modules(self.probe)
         report.searched = True
@@ -225,45 +214,43 @@ class _Inspector:
         if "classifier" in fields:
             named = [match for match in found.classifier.matches if match.name == fields["classifier"]]
             report.match = named[-1] if named else None
-        elif not self._choose_classifier(found, fields):
-            return None, ()
+        else:
+            report.match = found.classifier.best()
+            fields["classifier"] = self._classifier(found.classifier)
         if "outputs" not in fields:
             fields["outputs"] = self._outputs()
         spec = BackboneSpec(**fields)
-        alternatives = () if "encoders" in self.known else found.alternatives()
+        alternatives = [] if "encoders" in self.known else found.alternatives()
         return spec if "student_mode" in self.known else with_student_mode(self.probe, spec), alternatives
 
-    def _choose_classifier(self, found: FoundModules, fields: dict[str, Any]) -> bool:
-        search, match = found.classifier, found.classifier.best()
-        self.report.match = match
+    def _classifier(self, search: ClassifierSearch) -> str:
+        match = self.report.match
         if match is None:
             likely = list(dict.fromkeys(search.candidates))[-5:]
             hint = f"; layers with that many output channels: {', '.join(likely)}" if likely else ""
-            self.report.problems.append(
+            raise BackboneError(
                 f"no layer's output is the prediction, as it is or after softmax, sigmoid or interpolation. Name "
                 f"the last layer of the fused prediction as classifier={hint}. A backbone that pads its images has to "
                 f"undo that before this layer"
             )
-        elif match.channels_last:
-            self.report.problems.append(
+        if match.channels_last:
+            raise BackboneError(
                 f"the prediction is the output of {match.name!r}, which has the classes in its last dimension; "
                 f"logits must be (batch, classes, *spatial). Use a 1×1 convolution as classifier"
             )
-        elif search.calls[match.name] != 1:
-            self.report.problems.append(
+        if search.calls[match.name] != 1:
+            raise BackboneError(
                 f"the prediction is the output of the layer {match.name!r}, which runs {search.calls[match.name]} "
                 f"times in one pass. The classifier must run once: give the fused prediction a layer of its own, "
                 f"or switch the other outputs off, and name it as classifier="
             )
-        else:
-            fields["classifier"] = match.name
-            if getattr(self.probe.backbone.get_submodule(match.name), "in_channels", 0) == match.classes:
-                self.report.warnings.append(
-                    f"what enters {match.name!r}, the last layer, has one channel for each class: it may refine logits "
-                    f"(a learned up-sampling?), which would then be compared as features. If so, name the layer that "
-                    f"makes them as classifier="
-                )
-        return "classifier" in fields
+        if getattr(self.probe.backbone.get_submodule(match.name), "in_channels", 0) == match.classes:
+            self.report.warnings.append(
+                f"what enters {match.name!r}, the last layer, has one channel for each class: it may refine logits "
+                f"(a learned up-sampling?), which would then be compared as features. If so, name the layer that "
+                f"makes them as classifier="
+            )
+        return match.name
 
     def _outputs(self) -> str:
         match = self.report.match
@@ -277,65 +264,49 @@ class _Inspector:
             )
         return "softmax"
 
-    def _decided(self, spec: BackboneSpec, alternatives: Sequence[Encoders]) -> BackboneSpec | None:
+    def _decided(self, spec: BackboneSpec, alternatives: list[Encoders]) -> BackboneSpec:
         """Return the spec with its student mode, after the checks of what happens in training."""
         report, probe = self.report, self.probe
         # Before anything is compared: a pass in training mode moves running statistics.
-        spec, alternatives = self._without_cut_off_encoders(spec, alternatives)
-        if report.problems:
-            return None
-        truth = true_runs(probe, report, spec, per_sample_masks=spec.per_sample_masks and not self._noisy)
+        cut = cut_off_encoders(probe, report, spec)
+        if cut and spec.students in ("auto", "replay", "mixed"):
+            text = f"{quoted(cut, 8)} can learn but runs without gradient (no_grad, or a detach)"
+            if spec.students != "auto":
+                raise BackboneError(f"{text}; leave it out of encoders=, or set students='rerun'")
+            report.warnings.append(f"{text}; it is not replayed")
+            spec = spec.replaced(encoders=_without(spec.encoders, cut))
+            alternatives = [_without(group, cut) for group in alternatives]
+        truth = true_runs(probe, report, spec)
         if spec.students == "heads" or truth.reasons_against:
             decided = self._with_heads(spec, truth.reasons_against)
         else:
-            decided = choose_student_mode(probe, report, spec, truth, alternatives, noisy=self._noisy)
-            if decided is None:
-                tried = [f"{what}: {reason}" for what, reason in report.replay_failures.items()]
-                tried += [f"{what}: relative difference {error:.1e}" for what, error in report.replay_errors.items()]
-                report.problems.append(f"no student mode gives what a true run gives ({'; '.join(tried[:2])})")
-        if decided is None:
-            return None
+            decided = choose_student_mode(probe, report, spec, truth, alternatives)
         report.encoders = {name: tuple(found) for name, found in decided.encoders.items()}
         check_training(probe, report, decided)
         check_buffers(probe, report, decided)
         return decided.replaced(can_skip_encoders=spec.can_skip_encoders or self._can_skip_encoders(decided))
 
-    def _without_cut_off_encoders(
-        self, spec: BackboneSpec, alternatives: Sequence[Encoders]
-    ) -> tuple[BackboneSpec, Sequence[Encoders]]:
-        """Leave out encoder modules through which no gradient goes."""
-        cut = cut_off_encoders(self.probe, self.report, spec)
-        if not cut or spec.students not in ("auto", "replay", "mixed"):
-            return spec, alternatives
-        text = f"{quoted(cut, 8)} can learn but runs without gradient (no_grad, or a detach)"
-        if spec.students != "auto":
-            self.report.problems.append(f"{text}; leave it out of encoders=, or set students='rerun'")
-            return spec, alternatives
-        self.report.warnings.append(f"{text}; it is not replayed")
-        return spec.replaced(encoders=_without(spec.encoders, cut)), [_without(group, cut) for group in alternatives]
-
-    def _with_heads(self, spec: BackboneSpec, against: list[str]) -> BackboneSpec | None:
+    def _with_heads(self, spec: BackboneSpec, against: list[str]) -> BackboneSpec:
         complete = all(spec.encoders.get(name) for name in self.probe.modalities)
-        if complete and spec.students in ("auto", "heads"):
-            if against:
-                self.report.warnings.append(
-                    f"the backbone cannot predict from one modality alone ({'; '.join(against)}): students are heads "
-                    f"on the encoder features, which distil into the encoders but not into the decoder"
-                )
-            return spec.replaced(students="heads")
-        self.report.problems.append(
-            f"the backbone cannot predict from one modality alone ({'; '.join(against) or 'not tried'}), and heads on "
-            f"encoder features need encoders for every modality: name them as encoders= (with students='auto' or "
-            f"'heads'), or correct the fusion (a variance of one modality? use unbiased=False)"
-        )
-        return None
+        if not complete or spec.students not in ("auto", "heads"):
+            raise BackboneError(
+                f"the backbone cannot predict from one modality alone ({'; '.join(against) or 'not tried'}), and heads "
+                f"on encoder features need encoders for every modality: name them as encoders= (with students='auto' "
+                f"or 'heads'), or correct the fusion (a variance of one modality? use unbiased=False)"
+            )
+        if against:
+            self.report.warnings.append(
+                f"the backbone cannot predict from one modality alone ({'; '.join(against)}): students are heads "
+                f"on the encoder features, which distil into the encoders but not into the decoder"
+            )
+        return spec.replaced(students="heads")
 
     def _can_skip_encoders(self, spec: BackboneSpec) -> bool:
         # Without a mask among its arguments, nothing makes a network hide in the fused pass what is not there; features
         # of a blank image may be zero now and not after training.
         if not spec.encoders or spec.students == "mixed" or spec.mask_argument is None:
             return False
-        if self._noisy or self.report.problems:
+        if self.report.noisy or self.report.problems:
             return False
         adapter = self.probe.bind(spec)
         if any(batch_norms(module) for modules in adapter.encoders.values() for module in modules):

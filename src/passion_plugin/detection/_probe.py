@@ -96,7 +96,7 @@ class Probe:
 
     Args:
         backbone: the module.
-        call: arguments of a call as its user makes it.
+        call: its template, as the user makes it.
         modalities: names.
         convention: how it is called.
         through_call: the template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``.
@@ -197,11 +197,7 @@ class Probe:
     ) -> Any:
         """Run the backbone on unblanked images, from a fixed random state; return its raw output.
 
-        Args:
-            x: :meth:`images` when None.
-            keep: bool (B, M), what the mask says; everything is present when None.
-            handlers: called instead of the forward of modules.
-            seed: of the random state.
+        Unless said otherwise on :meth:`images`, with a mask that says that everything is present.
 
         Raises:
             BackboneRunError: the backbone raised.

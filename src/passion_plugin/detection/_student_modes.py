@@ -15,7 +15,7 @@ from passion_plugin.detection._gradients import gradient_difference, student_mod
 from passion_plugin.detection._probe import EFFECT, Probe, equality_tolerance, reason_of, relative_difference
 from passion_plugin.detection._report import BackboneReport
 from passion_plugin.detection._sandbox import reseed
-from passion_plugin.errors import PassionError, listed
+from passion_plugin.errors import BackboneError, PassionError, listed
 
 
 @dataclass
@@ -39,9 +39,10 @@ class TrueRuns:
         return equality_tolerance(dtypes[0]) if dtypes else 0.0
 
 
-def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_sample_masks: bool) -> TrueRuns:
+def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> TrueRuns:
     """Run every modality alone; the report gets which are finite, and whether ``fill_missing`` hides the others."""
-    found = TrueRuns(_tables(probe.batch, len(probe.modalities), per_sample_masks))
+    mixed = spec.per_sample_masks and not report.noisy and probe.batch > 1
+    found = TrueRuns(_tables(probe.batch, len(probe.modalities), mixed))
     tried: set[str] = set()
     unhidden = []
     for table in found.tables:
@@ -78,41 +79,35 @@ def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_s
 
 
 def choose_student_mode(
-    probe: Probe,
-    report: BackboneReport,
-    spec: BackboneSpec,
-    truth: TrueRuns,
-    alternatives: Sequence[Encoders],
-    *,
-    noisy: bool,
-) -> BackboneSpec | None:
-    """Return the first candidate whose students equal the true runs, or None.
+    probe: Probe, report: BackboneReport, spec: BackboneSpec, truth: TrueRuns, alternatives: Sequence[Encoders]
+) -> BackboneSpec:
+    """Return the first candidate whose students equal the true runs.
 
-    Args:
-        probe: the backbone, in a sandbox.
-        report: gets the differences and exceptions of all candidates that were tried.
-        spec: a spec whose ``students`` is decided is only checked.
-        truth: the true runs.
-        alternatives: sets of encoder modules to try where those of the spec cannot be replayed.
-        noisy: the backbone draws random numbers, so that students must start where the encoders ended.
+    A spec whose ``students`` is decided is only checked. The ``alternatives`` are tried where the encoders of the spec
+    cannot be replayed. The report gets the differences and exceptions of everything that was tried.
+
+    Raises:
+        BackboneError: there is none.
     """
     for what, candidate in _candidates(spec, alternatives):
         for trial in (candidate, candidate.replaced(copy_features=True)):
             label = f"{what}, features copied" if trial.copy_features else what
             try:
-                error = report.replay_errors[label] = _largest_difference(probe, trial, truth, noisy)
+                error = report.replay_errors[label] = _largest_difference(probe, trial, truth, report.noisy)
             except PassionError as failure:
                 report.replay_failures[label] = reason_of(failure)
                 if "copy_features" in str(failure):
                     continue
                 break
             if error <= truth.tolerance:
-                reason = "" if noisy else _wrong_gradient(probe, trial, 10 * truth.tolerance)
+                reason = "" if report.noisy else _wrong_gradient(probe, trial, 10 * truth.tolerance)
                 if not reason:
                     return trial
                 report.replay_failures[label] = reason
             break
-    return None
+    tried = [f"{what}: {reason}" for what, reason in report.replay_failures.items()]
+    tried += [f"{what}: relative difference {error:.1e}" for what, error in report.replay_errors.items()]
+    raise BackboneError(f"no student mode gives what a true run gives ({'; '.join(tried[:2])})")
 
 
 def with_student_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
@@ -135,11 +130,10 @@ def with_student_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
     return spec
 
 
-def _tables(batch: int, count: int, per_sample_masks: bool) -> list[Tensor]:
+def _tables(batch: int, count: int, mixed: bool) -> list[Tensor]:
     """Return partial masks: together they show every modality in a row that misses another one."""
-    everything = torch.ones(batch, count, dtype=torch.bool)
-    mixed = per_sample_masks and batch > 1
     if count == 2:
+        everything = torch.ones(batch, count, dtype=torch.bool)
         if mixed:
             everything[-1, -1] = False
         return [everything]
@@ -167,6 +161,7 @@ def _candidates(spec: BackboneSpec, alternatives: Sequence[Encoders]) -> Iterato
 
 
 def _largest_difference(probe: Probe, spec: BackboneSpec, truth: TrueRuns, noisy: bool) -> float:
+    """Compare students with the true runs; those of a noisy backbone must start where the encoders ended."""
     adapter = probe.bind(spec)
     worst = 0.0
     for table, alone in zip(truth.tables, truth.alone, strict=True):
