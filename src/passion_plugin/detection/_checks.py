@@ -44,7 +44,7 @@ def check_batch(probe: Probe, report: BackboneReport, *, one_mask: bool) -> bool
         run on the whole batch.
     """
     found = report.batch = _batch_behaviour(probe)
-    if found.noise > EFFECT:
+    if report.noisy:
         report.warnings.append(
             f"two runs in evaluation mode differ by {found.noise:.1e}: dropout or sampling that is always "
             f"on. Teacher and students see different noise"

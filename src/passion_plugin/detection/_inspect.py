@@ -149,14 +149,10 @@ def _inspect(
 
 @dataclass
 class _Inspector:
-    """Asks all questions about a backbone, and writes the answers into a report.
+    """Asks all questions about a backbone (in a sandbox), and writes the answers into a report.
 
-    Attributes:
-        report: to be filled.
-        probe: the backbone, in a sandbox.
-        convention: how its user calls it (the probe may go through the user's ``forward_fn``).
-        known: fields of the spec that were given.
-        searching: whether encoders and classifier are to be found; otherwise ``known`` is a whole spec.
+    The ``convention`` is that of its user (the probe may go through the user's ``forward_fn``). When not ``searching``
+    for encoders and classifier, ``known`` is a whole spec.
     """
 
     report: BackboneReport

@@ -92,16 +92,9 @@ def equality_tolerance(dtype: torch.dtype) -> float:
 class Probe:
     """A backbone with one call of it as template, run on noise from the same random state every time.
 
-    Noise instead of the user's images: the channels of a missing modality are blank there.
-
-    Args:
-        backbone: the module.
-        call: its template, as the user makes it.
-        modalities: names.
-        convention: how it is called.
-        through_call: the template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``.
-        classifier: name of the module that gives the prediction, where it is known; otherwise the prediction is what
-            looks like one in what the backbone returns.
+    Noise instead of the user's images: the channels of a missing modality are blank there. With ``through_call`` the
+    template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``. The prediction is the output of
+    the ``classifier``, where it is known, otherwise what looks like one in what the backbone returns.
 
     Raises:
         InputError: the template holds no image for each modality.
