@@ -322,16 +322,16 @@ def test_single_modality_is_a_problem() -> None:
 @pytest.mark.parametrize(
     ("module", "helper"),
     [
-        ("_inspector", "skipping_difference"),
-        ("_inspector", "check_training"),
+        ("_inspect", "skipping_difference"),
+        ("_inspect", "check_training"),
         ("_checks", "different_masks"),
-        ("_student_modes", "fused_pass"),
+        ("_student_modes", "_largest_difference"),
         ("_student_modes", "student_pass"),
         ("_student_modes", "gradient_difference"),
         ("_student_modes", "true_student"),
-        ("_gradients", "fused_pass"),
+        ("_probe", "fused_pass"),
         ("_gradients", "_trained"),
-        ("_probe", "encoded_like"),
+        ("_probe", "CallFormat.with_mask"),
     ],
 )
 def test_a_bug_of_ours_is_no_answer_of_the_backbone(module: str, helper: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passion_plugin.backbone._adapter import BackboneAdapter
+from passion_plugin.backbone._adapter import BackboneAdapter, CallFormat
 from passion_plugin.backbone._calls import (
     Argument,
     BackboneCall,
@@ -18,7 +18,7 @@ from passion_plugin.backbone._calls import (
 )
 from passion_plugin.backbone._features import FeatureCache, OutputCapture, resolve_module
 from passion_plugin.backbone._heads import UnimodalHead, build_heads, feature_maps
-from passion_plugin.backbone._masks import MaskCodec, codec_for, encoded_like
+from passion_plugin.backbone._masks import MaskCodec
 from passion_plugin.backbone._passes import (
     FusedPass,
     Skip,
@@ -55,6 +55,7 @@ __all__ = [
     "BackboneAdapter",
     "BackboneCall",
     "BackboneSpec",
+    "CallFormat",
     "FeatureCache",
     "FusedPass",
     "Handler",
@@ -72,9 +73,7 @@ __all__ = [
     "build_heads",
     "channel_share",
     "check_images",
-    "codec_for",
     "concatenate_students",
-    "encoded_like",
     "feature_maps",
     "find_preset",
     "first_image",

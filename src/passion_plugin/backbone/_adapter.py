@@ -30,7 +30,62 @@ from passion_plugin.backbone._spec import BackboneSpec
 from passion_plugin.errors import BackboneError, InputError, raise_problems, suggest
 
 
-class BackboneAdapter:
+class CallFormat:
+    """Images and mask among the arguments of a call, as a spec or the part of one that says so describes them."""
+
+    def __init__(self, backbone: nn.Module, spec: Any, modalities: Sequence[str]) -> None:
+        self.backbone = backbone
+        self.modalities = tuple(modalities)
+        keys = spec.input_argument
+        self._several_inputs = not isinstance(keys, (int, str))
+        self._inputs = [locate_argument(backbone, key) for key in ((keys,) if isinstance(keys, (int, str)) else keys)]
+        self._mask = None if spec.mask_argument is None else locate_argument(backbone, spec.mask_argument)
+        self._whole = () if self._mask is None else (self._mask,)
+        self._codec = (
+            spec.mask_format
+            if isinstance(spec.mask_format, MaskCodec)
+            else codec_for(spec.mask_format, spec.mask_meaning, spec.mask_columns, self.modalities)
+        )
+
+    def input_of(self, call: BackboneCall) -> Any:
+        """Return the images of a call: the argument itself, or a tuple when each modality is an argument."""
+        values = [call.get(argument) for argument in self._inputs]
+        if any(value is None for value in values):
+            raise InputError(f"the call has no {', '.join(map(str, self._inputs))}: the images of the backbone")
+        return tuple(values) if self._several_inputs else values[0]
+
+    def with_input(self, call: BackboneCall, x: Any) -> BackboneCall:
+        """Return the call with other images."""
+        for argument, value in zip(self._inputs, x if self._several_inputs else (x,), strict=True):
+            call = call.replaced(argument, value)
+        return call
+
+    def batch_of(self, call: BackboneCall) -> int:
+        """Return the batch size of a call."""
+        return batch_size(self.input_of(call), self.modalities)
+
+    def with_mask(self, call: BackboneCall, presence: Tensor) -> BackboneCall:
+        """Return the call with the mask that says ``presence`` (bool (B, M)), for a backbone that takes one."""
+        if self._mask is None:
+            return call
+        raw = encoded_like(call.get(self._mask), self._codec, self.on_image_device(call, presence))
+        return call.replaced(self._mask, raw)
+
+    def on_image_device(self, call: BackboneCall, presence: Tensor) -> Tensor:
+        """Return a tensor on the device of the images."""
+        first = first_image(self.input_of(call), self.modalities)
+        return presence if first is None else presence.to(first.device)
+
+    def rows(self, call: BackboneCall, index: Tensor, batch: int) -> BackboneCall:
+        """Return the call reduced to some rows; its mask is left alone and has to be replaced."""
+        return call.rows(index, batch, whole=self._whole)
+
+    def vector_hint(self, call: BackboneCall, batch: int) -> str:
+        """Say what :meth:`rows` may have left too long, if anything."""
+        return vector_hint(self.backbone, call, batch, whole=self._whole)
+
+
+class BackboneAdapter(CallFormat):
     """A backbone and its spec, checked against each other.
 
     Args:
@@ -73,38 +128,12 @@ class BackboneAdapter:
         problems += self._problems(modules)
         raise_problems(problems, what=f"the spec does not fit {type(backbone).__name__}")
 
-        keys = spec.input_argument
-        self._several_inputs = not isinstance(keys, (int, str))
-        self._inputs = [locate_argument(backbone, key) for key in ((keys,) if isinstance(keys, (int, str)) else keys)]
-        self._mask = None if spec.mask_argument is None else locate_argument(backbone, spec.mask_argument)
-        self._whole = () if self._mask is None else (self._mask,)
+        super().__init__(backbone, spec, modalities)
         self._student_kwargs = {locate_argument(backbone, name): value for name, value in spec.student_kwargs.items()}
-        self._codec = (
-            spec.mask_format
-            if isinstance(spec.mask_format, MaskCodec)
-            else codec_for(spec.mask_format, spec.mask_meaning, spec.mask_columns, self.modalities)
-        )
 
     def run(self, call: BackboneCall) -> Any:
         """Call the backbone as its user would."""
         return (self.forward or self.backbone)(*call.args, **call.kwargs)
-
-    def input_of(self, call: BackboneCall) -> Any:
-        """Return the images of a call: the argument itself, or a tuple when each modality is an argument."""
-        values = [call.get(argument) for argument in self._inputs]
-        if any(value is None for value in values):
-            raise InputError(f"the call has no {', '.join(map(str, self._inputs))}: the images of the backbone")
-        return tuple(values) if self._several_inputs else values[0]
-
-    def with_input(self, call: BackboneCall, x: Any) -> BackboneCall:
-        """Return the call with other images."""
-        for argument, value in zip(self._inputs, x if self._several_inputs else (x,), strict=True):
-            call = call.replaced(argument, value)
-        return call
-
-    def batch_of(self, call: BackboneCall) -> int:
-        """Return the batch size of a call."""
-        return batch_size(self.input_of(call), self.modalities)
 
     def has_mask(self, call: BackboneCall) -> bool:
         """Whether the call says which modalities are present."""
@@ -174,24 +203,15 @@ class BackboneAdapter:
         call = self.blanked(call, keep)
         for argument, value in self._student_kwargs.items():
             call = call.replaced(argument, value)
-        x = self.input_of(call)
-        first = first_image(x, self.modalities)
-        device = None if first is None else first.device
         if self.spec.forward_fn is not None:
-            return self.spec.forward_fn(self.backbone, x, keep.to(device))
-        if self._mask is not None:
-            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self._codec, keep.to(device)))
-        return self.run(call)
+            return self.spec.forward_fn(self.backbone, self.input_of(call), self.on_image_device(call, keep))
+        return self.run(self.with_mask(call, keep))
 
     def rows(self, call: BackboneCall, index: Tensor, batch: int) -> BackboneCall:
         """Return the call reduced to some rows; its mask is left alone and has to be replaced."""
         if torch.equal(index, torch.arange(batch)):
             return call
-        return call.rows(index, batch, whole=self._whole)
-
-    def vector_hint(self, call: BackboneCall, batch: int) -> str:
-        """Say what :meth:`rows` may have left too long, if anything."""
-        return vector_hint(self.backbone, call, batch, whole=self._whole)
+        return super().rows(call, index, batch)
 
     @contextmanager
     def student_mode(self, state: ModuleState | None = None) -> Iterator[None]:

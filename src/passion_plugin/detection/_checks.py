@@ -39,16 +39,12 @@ def check_modules(backbone: nn.Module, report: BackboneReport) -> None:
 def check_batch(probe: Probe, report: BackboneReport, *, one_mask: bool) -> bool:
     """Find out how the samples of a batch relate, and say what that means; size the probe.
 
-    Args:
-        probe: the backbone, in a sandbox.
-        report: to be written to.
-        one_mask: the user has said that all samples of a batch have one mask: students run on the whole batch.
-
     Returns:
-        Whether one batch can hold samples with different masks.
+        Whether one batch can hold samples with different masks; not asked for with ``one_mask``, with which students
+        run on the whole batch.
     """
     found = report.batch = _batch_behaviour(probe)
-    if found.noise > EFFECT:
+    if report.noisy:
         report.warnings.append(
             f"two runs in evaluation mode differ by {found.noise:.1e}: dropout or sampling that is always "
             f"on. Teacher and students see different noise"
@@ -97,34 +93,36 @@ def _batch_behaviour(probe: Probe) -> BatchBehaviour:
     found = BatchBehaviour()
     if probe.batch == 1:
         probe.resize(2)
-        try:
-            probe.predict(probe.images(), probe.presence())
-        except PassionError as error:
-            found.failure = f"a batch of two raises {reason_of(error)}"
+        found.failure = _failure(probe, "a batch of two")
+        if found.failure:
             probe.resize(1)
-    everything = probe.presence()
-    base = probe.predict(probe.images(), everything)
-    found.noise = relative_difference(probe.predict(probe.images(), everything, seed=1), base)
+    base = probe.predict()
+    found.noise = relative_difference(probe.predict(seed=1), base)
     if probe.batch == 1:
         return found
     # Every row: what is read off the first one and used for all does not change with the others.
-    changed = [probe.predict(probe.neighbours(row), everything)[row] for row in range(probe.batch)]
+    changed = [probe.predict(probe.neighbours(row))[row] for row in range(probe.batch)]
     found.coupling = max(relative_difference(other, base[row]) for row, other in enumerate(changed))
     probe.resize(1)
-    try:
-        probe.predict(probe.images(), probe.presence())
-    except PassionError as error:
-        found.single_failure = f"a batch of one raises {reason_of(error)}"
+    found.single_failure = _failure(probe, "a batch of one")
     probe.resize(2)
     table = different_masks(probe.batch, len(probe.modalities))
     try:
-        together = probe.predict(probe.images(), table)
-        apart = [probe.predict(probe.images(), mask.expand_as(table))[row] for row, mask in enumerate(table)]
+        together = probe.predict(keep=table)
+        apart = [probe.predict(keep=mask.expand_as(table))[row] for row, mask in enumerate(table)]
     except PassionError as error:
         found.failure = f"different masks in one batch raise {reason_of(error)}"
         return found
     found.mixed_masks = max(relative_difference(together[row], other) for row, other in enumerate(apart))
     return found
+
+
+def _failure(probe: Probe, what: str) -> str:
+    try:
+        probe.predict()
+    except PassionError as error:
+        return f"{what} raises {reason_of(error)}"
+    return ""
 
 
 def different_masks(batch: int, count: int) -> torch.Tensor:
@@ -151,41 +149,38 @@ def mask_meaning(probe: Probe) -> str:
 
 def _content_matters(probe: Probe) -> bool:
     try:
-        base = probe.predict(probe.images(), probe.presence())
-        changed = probe.predict(probe.images(*range(len(probe.modalities))), probe.presence())
+        base = probe.predict()
+        change = probe.change(base, *range(len(probe.modalities)))
     except PassionError:
         return False
-    return bool(torch.isfinite(base).all()) and relative_difference(changed, base) > EFFECT
+    return bool(torch.isfinite(base).all()) and change > EFFECT
 
 
 def _mask_behaviour(probe: Probe) -> MaskBehaviour:
     """Show one modality after the other by the mask alone, and change content to see what reaches the prediction."""
     count = len(probe.modalities)
     found = MaskBehaviour()
-    full = probe.predict(probe.images(), probe.presence())
-
-    def changes(base: torch.Tensor, keep: torch.Tensor, *modalities: int) -> float:
-        return relative_difference(probe.predict(probe.images(*modalities), keep), base)
-
+    full = probe.predict()
     for k in range(count):
         keep = probe.presence(k)
         try:
-            base = probe.predict(probe.images(), keep)
-            own, leak = changes(base, keep, k), changes(base, keep, *(m for m in range(count) if m != k))
+            base = probe.predict(keep=keep)
+            own = probe.change(base, k, keep=keep)
+            leak = probe.change(base, *(m for m in range(count) if m != k), keep=keep)
             if not torch.isfinite(base).all():
                 own = leak = float("nan")
             found.effect.append(relative_difference(base, full))
             found.own.append(own)
             found.leak.append(leak)
             if own <= EFFECT < leak:
-                found.columns[k] = tuple(m for m in range(count) if changes(base, keep, m) > EFFECT)
+                found.columns[k] = tuple(m for m in range(count) if probe.change(base, m, keep=keep) > EFFECT)
         except PassionError as error:
             found.failure = f"a mask with only {probe.modalities[k]!r} present raises {reason_of(error)}"
             break
     return found
 
 
-def check_mask(probe: Probe, report: BackboneReport, *, inverted: bool, try_bool: bool, through_call: bool) -> None:
+def check_mask(probe: Probe, report: BackboneReport, *, inverted: bool, try_bool: bool) -> None:
     """Find out which columns of the mask show which modality, and say what that means.
 
     Args:
@@ -193,7 +188,6 @@ def check_mask(probe: Probe, report: BackboneReport, *, inverted: bool, try_bool
         report: to be written to.
         inverted: :func:`mask_meaning` is the opposite of what the spec says.
         try_bool: where the mask has no effect, find out whether a bool mask in its place has.
-        through_call: the backbone is run by the user's own function.
     """
     found = report.mask = _mask_behaviour(probe)
     names, order = report.modalities, found.permutation()
@@ -215,11 +209,12 @@ def check_mask(probe: Probe, report: BackboneReport, *, inverted: bool, try_bool
         )
     elif order is not None:
         switched = "; ".join(f"mask column {k} switches {names[m]!r}" for k, m in enumerate(order))
-        columns = f"Pass mask_columns={tuple(names[m] for m in order)!r}"
+        cure = f"Pass mask_columns={tuple(names[m] for m in order)!r}"
+        if probe.convention.forward_fn is not None:
+            cure = "Put the columns in order in forward_fn="
         report.problems.append(
-            f"the columns of the mask do not have the order of the images: {switched}. "
-            f"{'Put the columns in order in forward_fn=' if through_call else columns}, or give modalities and images "
-            f"in the order of the mask"
+            f"the columns of the mask do not have the order of the images: {switched}. {cure}, or give modalities and "
+            f"images in the order of the mask"
         )
     elif found.columns:
         report.problems += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-
-from passion_plugin.backbone import Handler
 
 _EXACT = 8
 """How many units in the last place a recomputed softmax or interpolation may be off."""
@@ -42,45 +41,33 @@ class ClassifierSearch:
 
     Attributes:
         prediction: (B, K, *spatial), as the backbone returns it.
-        names: of the modules to look at.
         matches: layers whose output gives the prediction, in call order.
         calls: how often each layer ran.
         candidates: layers whose output has the shape of a prediction, for messages.
     """
 
     prediction: Tensor
-    names: dict[nn.Module, str]
     matches: list[Match] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
     candidates: list[str] = field(default_factory=list)
-
-    def handlers(self) -> dict[nn.Module, Handler]:
-        """Return a handler for every layer that could be a classifier."""
-        return {
-            module: functools.partial(self._capture, name)
-            for module, name in self.names.items()
-            if isinstance(module, (_ConvNd, nn.Linear))
-            or (not any(module.children()) and any(True for _ in module.parameters()))
-        }
 
     def best(self) -> Match | None:
         """Return the last match that ran once; the last match when all ran several times."""
         once = [match for match in self.matches if self.calls[match.name] == 1]
-        found = once or self.matches
-        return found[-1] if found else None
+        return next(reversed(once or self.matches), None)
 
-    def _capture(self, name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        self.calls[name] = self.calls.get(name, 0) + 1
-        if isinstance(output, Tensor):
-            self._compare(name, output)
-        return output
+    def see(self, name: str, module: nn.Module, output: Any) -> None:
+        """Look at the output of a module, if it is a layer."""
+        is_leaf = not any(module.children()) and any(True for _ in module.parameters())
+        if isinstance(module, (_ConvNd, nn.Linear)) or is_leaf:
+            self.calls[name] += 1
+            if isinstance(output, Tensor):
+                self._compare(name, output)
 
     def _compare(self, name: str, output: Tensor) -> None:
         wanted = self.prediction
-        if output.ndim == wanted.ndim and output.shape[0] == wanted.shape[0] and output.ndim >= 3:
-            if output.shape[1] == wanted.shape[1]:
-                self.candidates.append(name)
+        if output.ndim == wanted.ndim >= 3 and output.shape[:2] == wanted.shape[:2]:
+            self.candidates.append(name)
             relation = follows(output, wanted)
             if relation is not None:
                 self.matches.append(Match(name, relation, output.shape[1]))
@@ -92,20 +79,11 @@ class ClassifierSearch:
 
 
 def follows(output: Tensor, prediction: Tensor) -> str | None:
-    """Say how a prediction follows from the output of a layer.
-
-    Args:
-        output: (B, K, *spatial or coarser).
-        prediction: (B, K, *spatial).
+    """Say how a prediction (B, K, *spatial) follows from the output (B, K, *spatial or coarser) of a layer.
 
     Returns:
         ``""`` when they are equal, the operations in between such as ``"softmax"`` or
         ``"bilinear interpolation, softmax"``, or None when none of those tried gives the prediction.
-
-    Example:
-        >>> logits = torch.randn(1, 3, 4, 4)
-        >>> follows(logits, logits.softmax(dim=1))
-        'softmax'
     """
     if output.shape[:2] != prediction.shape[:2] or not prediction.is_floating_point():
         return None

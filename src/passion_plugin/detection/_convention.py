@@ -34,9 +34,8 @@ class CallConvention:
         return f"{images}; mask: argument {self.mask_argument!r}, {kind}, 1 = {self.mask_meaning}"
 
     @classmethod
-    def of(cls, values: Any) -> CallConvention:
-        """Take the fields from a spec, or those that there are from a mapping."""
-        given = values if isinstance(values, Mapping) else vars(values)
+    def of(cls, given: Mapping[str, Any]) -> CallConvention:
+        """Take those fields that there are from fields of a spec."""
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
@@ -100,13 +99,7 @@ def infer_modalities(images: Any, mask: Any) -> tuple[str, ...]:
 def infer_call_convention(
     backbone: nn.Module, call: BackboneCall, modalities: Sequence[str], known: Mapping[str, Any]
 ) -> CallConvention:
-    """Return how the backbone is called.
-
-    Args:
-        backbone: the module.
-        call: a call of it.
-        modalities: names.
-        known: fields of the spec that need not be inferred.
+    """Return how the backbone is called: ``known`` fields of the spec, the rest inferred from a call of it.
 
     Raises:
         BackboneError: the mask is of no known format.

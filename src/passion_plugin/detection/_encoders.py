@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from passion_plugin._validate import unreadable
-from passion_plugin.backbone import Handler, channel_share, maps_in, patched_forward, prediction_of
+from passion_plugin.backbone import Handler, channel_share, maps_in, prediction_of
 from passion_plugin.detection._classifier import ClassifierSearch, follows
 from passion_plugin.detection._probe import Probe
 
@@ -37,7 +37,8 @@ class FoundModules:
     """What runs of the backbone with other content in one modality at a time have shown.
 
     Attributes:
-        private: modality of every module that depends on one modality alone and whose output can be replayed,
+        modalities: names.
+        private: number of the modality of every module that depends on it alone and whose output can be replayed,
             in call order.
         shared: outermost modules that are called for one modality after the other.
         classifier: the search for the classifier, which ran along.
@@ -81,10 +82,8 @@ class FoundModules:
 
 def find_modules(probe: Probe) -> FoundModules:
     """Run the backbone once, and once more for each modality with other content in it."""
-    search = ClassifierSearch(_prediction(probe), _names(probe))
-    # Two contexts: a layer can be captured for both reasons, and each handler calls the one before.
-    with patched_forward(search.handlers()):
-        base = _fingerprints(probe, probe.images())
+    search = ClassifierSearch(_prediction(probe))
+    base = _fingerprints(probe, probe.images(), search)
     private, shared = _dependencies(probe, base)
     return FoundModules(probe.modalities, private, tuple(_outermost(shared)), search)
 
@@ -110,7 +109,9 @@ def uneven_channels(probe: Probe) -> str:
         changed = x.clone()
         changed[:, channel::share] = other[:, channel::share]
         after = _fingerprints(probe, changed)
-        blind += [name for name in _outermost(private) if not _any_changed(base[name], after[name])]
+        for name in _outermost(private):
+            if not any(itertools.starmap(_changed, itertools.zip_longest(base[name], after[name]))):
+                blind.append(name)
     if not blind:
         return ""
     return (
@@ -124,7 +125,7 @@ def uneven_channels(probe: Probe) -> str:
 
 def _prediction(probe: Probe) -> Tensor:
     """Return the part of what the backbone returns that follows from its classifier, if that is known."""
-    raw, prediction = probe.outputs(probe.images(), probe.presence())
+    raw, prediction = probe.outputs()
     if probe.classifier is None:
         return prediction
     relations = [(follows(prediction, part), part) for part in maps_in(raw)]
@@ -133,21 +134,19 @@ def _prediction(probe: Probe) -> Tensor:
     return next((part for relation, part in found if relation), found[0][1] if found else prediction_of(raw))
 
 
-def _names(probe: Probe) -> dict[nn.Module, str]:
-    return {module: name for name, module in probe.backbone.named_modules() if name}
-
-
-def _fingerprints(probe: Probe, x: Any) -> Fingerprints:
+def _fingerprints(probe: Probe, x: Any, search: ClassifierSearch | None = None) -> Fingerprints:
     """Run the backbone, and return fingerprints of the outputs of every module, call by call."""
     calls: Fingerprints = defaultdict(list)
 
-    def capture(name: str, forward: Handler, *args: Any, **kwargs: Any) -> Any:
+    def capture(name: str, module: nn.Module, forward: Handler, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
+        if search is not None:
+            search.see(name, module, output)
         calls[name].append(_fingerprint(output, probe.batch))
         return output
 
-    handlers = {module: functools.partial(capture, name) for module, name in _names(probe).items()}
-    probe.run(x, probe.presence(), handlers=handlers)
+    modules = {name: module for name, module in probe.backbone.named_modules() if name}
+    probe.run(x, handlers={module: functools.partial(capture, name, module) for name, module in modules.items()})
     return calls
 
 
@@ -178,15 +177,11 @@ def _dependencies(probe: Probe, base: Fingerprints) -> tuple[dict[str, int], lis
 
 def _fingerprint(output: Any, batch: int) -> Fingerprint:
     """Return a few numbers for each tensor, or None for an output that could not be replayed by rows."""
-    leaves = tree_leaves(output)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not tensors or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
-        return None
-    if any(tensor.is_nested or unreadable(tensor) for tensor in tensors):
-        return None
-    if any(tensor.ndim == 0 or tensor.shape[0] != batch for tensor in tensors):
-        return None
-    return [_summary(tensor.detach()) for tensor in tensors]
+    leaves = [leaf for leaf in tree_leaves(output) if not isinstance(leaf, _PLAIN)]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.is_nested or unreadable(leaf) or leaf.ndim == 0 or len(leaf) != batch:
+            return None
+    return [_summary(leaf.detach()) for leaf in leaves] or None
 
 
 def _summary(tensor: Tensor) -> Tensor:
@@ -216,15 +211,10 @@ def _changed(before: Fingerprint, after: Fingerprint) -> bool:
     return False
 
 
-def _any_changed(before: Sequence[Fingerprint], after: Sequence[Fingerprint]) -> bool:
-    return any(itertools.starmap(_changed, itertools.zip_longest(before, after)))
-
-
 def _outermost(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    known = set(names)
-    return [name for name in names if not any(parent in known for parent in _parents(name))]
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
+    known, found = set(names), []
+    for name in names:
+        parts = name.split(".")
+        if known.isdisjoint(".".join(parts[:length]) for length in range(1, len(parts))):
+            found.append(name)
+    return found

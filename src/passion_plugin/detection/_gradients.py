@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from passion_plugin.backbone import (
     Prediction,
     Skip,
     StudentInput,
-    fused_pass,
     passes_reentrant,
     patched_forward,
     prediction_of,
@@ -40,35 +39,36 @@ from passion_plugin.detection._probe import (
     relative_difference,
 )
 from passion_plugin.detection._report import BackboneReport, dropout_layers
-from passion_plugin.detection._sandbox import reseed, same_values
-from passion_plugin.errors import PassionError, quoted
+from passion_plugin.detection._sandbox import reseed, same_values, sandbox
+from passion_plugin.errors import BackboneError, PassionError, quoted
 
 
 def true_student(
-    probe: Probe, spec: BackboneSpec, presence: Tensor, student_input: StudentInput, *changed: int
+    probe: Probe,
+    spec: BackboneSpec,
+    student_input: StudentInput | None = None,
+    presence: Tensor | None = None,
+    changed: Sequence[int] = (),
 ) -> Prediction:
     """Return what a student should give: everything runs, on a blanked input with a one-hot mask.
 
-    Args:
-        probe: the backbone.
-        spec: of the backbone.
-        presence: bool (B, M) of the call.
-        student_input: modalities and rows.
-        *changed: numbers of modalities that get other content.
+    Unless said otherwise it sees the first modality in a whole batch with everything present; ``changed`` modalities
+    get other content.
     """
     adapter = probe.bind(spec.replaced(students="rerun"))
+    presence = probe.presence() if presence is None else presence
     call = probe.arguments(probe.images(*changed), presence)
     nobody = Prediction(torch.empty(0), torch.empty(0))
     reseed()
     fused = FusedPass(call, len(presence), None, nobody, FeatureCache({}))
-    return student_pass(adapter, fused, student_input)
+    return student_pass(adapter, fused, student_input or probe.whole_batch(probe.modalities[0]))
 
 
 def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> list[str]:
-    """Run the backbone in training mode, and look at the graph behind the outputs of encoders and classifier.
+    """Return encoder modules whose output carries no gradient in training mode although they could learn.
 
-    Returns:
-        Encoder modules whose output carries no gradient although they could learn.
+    Raises:
+        BackboneError: reentrant activation checkpointing.
     """
     # Bound as a re-run: features without gradient are to be understood here, not to raise.
     adapter = probe.bind(spec.replaced(students="rerun"))
@@ -88,21 +88,15 @@ def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -
         return output
 
     handlers = {module: functools.partial(capture, module) for module in (*names, adapter.classifier)}
-    presence = probe.presence()
     try:
-        with torch.enable_grad(), patched_forward(handlers):
-            probe.backbone.train()
-            reseed()
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+        with _train_mode(probe.backbone), torch.enable_grad(), patched_forward(handlers):
+            fused = probe.fused(adapter)
     except BackboneRunError as error:
         report.warnings.append(f"a pass in training mode raised {error}")
         return []
-    finally:
-        probe.backbone.eval()
     if passes_reentrant((fused.prediction.logits, prediction_of(fused.raw))):
         named = {**names, adapter.classifier: spec.classifier}
-        report.problems.append(reentrant_problem(list(dict.fromkeys(named[module] for module in without_grad))))
-        return []
+        raise BackboneError(reentrant_problem(list(dict.fromkeys(named[module] for module in without_grad))))
     return [
         name
         for module, name in names.items()
@@ -114,22 +108,18 @@ def cut_off_encoders(probe: Probe, report: BackboneReport, spec: BackboneSpec) -
 
 def check_training(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
     """Run a fused pass and a student in training mode with gradient; ``spec`` says how students are run."""
-    adapter, presence = probe.bind(spec), probe.presence()
+    adapter = probe.bind(spec)
     try:
-        with torch.enable_grad():
-            probe.backbone.train()
-            reseed()
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+        with _train_mode(probe.backbone), torch.enable_grad():
+            fused = probe.fused(adapter)
             if not _trained(probe):
                 report.warnings.append("no parameter requires gradient: there is nothing to train")
             elif spec.students != "heads":
-                student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0]))
+                student_pass(adapter, fused, probe.whole_batch(probe.modalities[0]))
     except BackboneRunError as error:
         report.warnings.append(f"a pass in training mode raised {error}")
     except PassionError as error:
         report.problems.append(f"in training mode: {error}")
-    finally:
-        probe.backbone.eval()
 
 
 def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> None:
@@ -139,21 +129,21 @@ def check_buffers(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> N
     """
     if spec.students == "heads":
         return
-    adapter, presence = probe.bind(spec), probe.presence()
-    with _training_mode(probe.backbone, _restored_buffers):
+    adapter = probe.bind(spec)
+    with sandbox(probe.backbone), _train_mode(probe.backbone, dropout=False):
         try:
-            reseed()
             # Without gradient, so that backward ends at what is replayed: the bare network runs that again too.
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence)
+            fused = probe.fused(adapter)
             with torch.enable_grad():
-                student = student_pass(adapter, fused, _whole_batch(probe, probe.modalities[0])).logits
+                student = student_pass(adapter, fused, probe.whole_batch(probe.modalities[0])).logits
             if not student.requires_grad:
                 return
-            before = _copied_buffers(probe.backbone)
+            before = {name: buffer.clone() for name, buffer in probe.backbone.named_buffers()}
             _backward([student], _trained(probe))
         except PassionError:  # check_training() has said so
             return
-        moved = _changed_buffers(probe.backbone, before)
+        buffers = probe.backbone.named_buffers()
+        moved = [name for name, buffer in buffers if not same_values(buffer, before.get(name, buffer))]
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in moved))
     if layers:
         text = (
@@ -173,7 +163,7 @@ def gradient_difference(probe: Probe, spec: BackboneSpec) -> float:
     more. Training mode decides, since networks may checkpoint in training only; evaluation mode does where students
     and true runs differ in training for another reason, such as noise.
     """
-    with _training_mode(probe.backbone):
+    with _comparable_training(probe.backbone):
         differences: list[float | None] = _gradient_differences(probe, spec) if _runs(probe, spec) else [None]
     if None in differences:
         differences = _gradient_differences(probe, spec)
@@ -185,12 +175,11 @@ def student_mode_difference(probe: Probe, spec: BackboneSpec, changed: BackboneS
 
     A checkpointed decoder runs again in backward, when the student mode is over.
     """
-    presence, student_input = probe.presence(), _whole_batch(probe, probe.modalities[0])
-    with _training_mode(probe.backbone):
+    with _comparable_training(probe.backbone):
         if not _runs(probe, spec):
             return 0.0
         with torch.enable_grad():
-            reference, student = (true_student(probe, how, presence, student_input).logits for how in (spec, changed))
+            reference, student = (true_student(probe, how).logits for how in (spec, changed))
             return _gradient_apart(probe, student, reference, _trained(probe)) or 0.0
 
 
@@ -200,12 +189,8 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     Compared in training mode are all maps and numbers that the backbone returns, its buffers afterwards (statistics
     of batch normalisation may follow what a skipped encoder would output) and, for ``"absent"``, the gradient of all
     parameters. Where encoders run on fewer rows, rounding flips activations near zero and gradients with them.
-
-    Args:
-        probe: the backbone.
-        spec: with encoders.
-        skip: ``"absent"``: one half of the modalities is missing in all rows, then the other. ``"rows"``: another
-            one in each row.
+    For ``"absent"`` one half of the modalities is missing in all rows, then the other; for ``"rows"`` another one in
+    each row.
     """
     adapter = probe.bind(spec)
     worst = 0.0
@@ -215,9 +200,8 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
     for table in [first_half, ~first_half] if skip == "absent" else [one_each]:
         results = []
         for how in ("no", skip):
-            with torch.enable_grad(), _training_mode(probe.backbone):
-                reseed()
-                fused = fused_pass(adapter, probe.arguments(probe.images(), table), table, skip=how)
+            with torch.enable_grad(), _comparable_training(probe.backbone):
+                fused = probe.fused(adapter, table, skip=how)
                 outputs = _floating(fused.raw)
                 results.append([leaf.detach() for leaf in (*outputs, *probe.backbone.buffers())])
                 with_grad = [leaf for leaf in outputs if leaf.requires_grad]
@@ -230,43 +214,21 @@ def skipping_difference(probe: Probe, spec: BackboneSpec, skip: Skip) -> float:
 
 
 @contextmanager
-def _training_mode(
-    backbone: nn.Module, keeping: Callable[[nn.Module], AbstractContextManager[None]] = preserved_buffers
-) -> Iterator[None]:
-    """Training mode, but for dropout layers, whose noise would hide other differences; buffers are kept."""
+def _train_mode(backbone: nn.Module, *, dropout: bool = True) -> Iterator[None]:
     backbone.train()
     try:
-        for layer in dropout_layers(backbone):
+        for layer in [] if dropout else dropout_layers(backbone):
             layer.eval()
-        with keeping(backbone):
-            yield
+        yield
     finally:
         backbone.eval()
 
 
 @contextmanager
-def _restored_buffers(backbone: nn.Module) -> Iterator[None]:
-    """Let buffers move, which batch normalisation prevents under :func:`preserved_buffers`; put them back on exit."""
-    before = _copied_buffers(backbone)
-    try:
+def _comparable_training(backbone: nn.Module) -> Iterator[None]:
+    """Training mode, but for dropout layers, whose noise would hide other differences; buffers are kept."""
+    with _train_mode(backbone, dropout=False), preserved_buffers(backbone):
         yield
-    finally:
-        buffers = dict(backbone.named_buffers())
-        with torch.no_grad():
-            for name in _changed_buffers(backbone, before):
-                buffers[name].copy_(before[name])
-
-
-def _copied_buffers(backbone: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-
-
-def _changed_buffers(backbone: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, buffer in backbone.named_buffers() if not same_values(buffer, before.get(name, buffer))]
-
-
-def _whole_batch(probe: Probe, modality: str) -> StudentInput:
-    return StudentInput((modality,), torch.arange(probe.batch))
 
 
 def _trained(probe: Probe) -> list[nn.Parameter]:
@@ -280,7 +242,7 @@ def _floating(output: Any) -> list[Tensor]:
 def _runs(probe: Probe, spec: BackboneSpec) -> bool:
     """Whether a true run works in the mode that the backbone is in."""
     try:
-        true_student(probe, spec, probe.presence(), _whole_batch(probe, probe.modalities[0]))
+        true_student(probe, spec)
     except PassionError:
         return False
     return True
@@ -293,7 +255,6 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
     batch size flips activations near zero, and gradients with them.
     """
     adapter = probe.bind(spec)
-    presence = probe.presence()
     owners = {
         id(parameter): name
         for name, modules in adapter.encoders.items()
@@ -302,14 +263,12 @@ def _gradient_differences(probe: Probe, spec: BackboneSpec) -> list[float | None
     }
     differences = []
     with torch.enable_grad():
-        reseed()
         with preserved_buffers(probe.backbone):
-            keep = spec.students in ("replay", "mixed")
-            fused = fused_pass(adapter, probe.arguments(probe.images(), presence), presence, keep_rng_state=keep)
+            fused = probe.fused(adapter, keep_rng_state=spec.students in ("replay", "mixed"))
         for modality in probe.modalities:
             parameters = [p for p in _trained(probe) if owners.get(id(p), modality) == modality]
-            student_input = _whole_batch(probe, modality)
-            reference = true_student(probe, spec, presence, student_input).logits
+            student_input = probe.whole_batch(modality)
+            reference = true_student(probe, spec, student_input).logits
             if not parameters or not reference.requires_grad:
                 continue
             reseed()

@@ -81,13 +81,8 @@ def prepare_backbone(
 ) -> BackboneAdapter:
     """Detect what is not known and check what was not checked, with the arguments of a real call.
 
-    Args:
-        backbone: the module.
-        call: arguments of a forward.
-        modalities: names.
-        spec: what is known; a spec whose ``students`` is not ``"auto"`` is taken at its word, but for the channels.
-        config: what students must be able to do.
-        forward: what to call to run the backbone, when that is not the backbone itself.
+    A spec whose ``students`` is not ``"auto"`` is taken at its word, but for the channels. To run the backbone,
+    ``forward`` is called, when that is not the backbone itself.
 
     Raises:
         BackboneError: listing what was not found or does not hold.
@@ -126,7 +121,7 @@ def _uneven_channels(adapter: BackboneAdapter, call: BackboneCall) -> str:
         return ""
     try:
         with sandbox(backbone):
-            return uneven_channels(Probe(backbone, _smaller(backbone, call), modalities, CallConvention.of(spec)))
+            return uneven_channels(Probe(backbone, _smaller(backbone, call), modalities, CallConvention.of(vars(spec))))
     except PassionError:  # What is wrong with this call, the pass that follows will say.
         return ""
 

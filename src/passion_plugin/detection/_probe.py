@@ -12,28 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from passion_plugin.backbone import (
-    Argument,
     BackboneAdapter,
     BackboneCall,
     BackboneSpec,
+    CallFormat,
+    FusedPass,
     Handler,
     MaskCodec,
     OutputCapture,
+    StudentInput,
     batch_size,
     check_images,
-    codec_for,
-    encoded_like,
-    first_image,
+    fused_pass,
     join,
-    locate_argument,
     patched_forward,
     prediction_of,
     resolve_module,
     split,
-    vector_hint,
 )
 from passion_plugin.detection._convention import CallConvention
 from passion_plugin.detection._sandbox import preserved_modes, reseed
@@ -94,16 +92,9 @@ def equality_tolerance(dtype: torch.dtype) -> float:
 class Probe:
     """A backbone with one call of it as template, run on noise from the same random state every time.
 
-    Noise instead of the user's images: the channels of a missing modality are blank there.
-
-    Args:
-        backbone: the module.
-        call: arguments of a call as its user makes it.
-        modalities: names.
-        convention: how it is called.
-        through_call: the template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``.
-        classifier: name of the module that gives the prediction, where it is known; otherwise the prediction is what
-            looks like one in what the backbone returns.
+    Noise instead of the user's images: the channels of a missing modality are blank there. With ``through_call`` the
+    template is no call of the backbone but ``(images, bool mask)`` for ``forward_fn``. The prediction is the output of
+    the ``classifier``, where it is known, otherwise what looks like one in what the backbone returns.
 
     Raises:
         InputError: the template holds no image for each modality.
@@ -127,14 +118,8 @@ class Probe:
         self.modalities = tuple(modalities)
         self.through_call = through_call
         self._call = call
-        keys = convention.input_argument
-        self._several = not isinstance(keys, (int, str))
-        self._inputs = [locate_argument(backbone, key) for key in ((keys,) if isinstance(keys, (int, str)) else keys)]
-        mask = convention.mask_argument
-        self._mask: Argument | None = None if mask is None else locate_argument(backbone, mask)
-        self._whole = () if self._mask is None else (self._mask,)
         self.set_convention(convention)
-        example = self._images(call)
+        example = self._format.input_of(call)
         if convention.fill_missing is None:
             check_images(example, self.modalities)
         self._size = batch_size(example, self.modalities)
@@ -143,20 +128,17 @@ class Probe:
     @property
     def batch(self) -> int:
         """Number of rows that are run: two, or one where a batch of two is not possible."""
-        return len(self.index)
+        return len(self._index)
 
     def resize(self, batch: int) -> None:
         """Run on ``batch`` rows from now on; rows of the example are repeated when there are fewer."""
-        self.index = torch.arange(batch) % self._size
+        self._index = torch.arange(batch) % self._size
         self._contents = self._noise(1), self._noise(2)
 
     def set_convention(self, convention: CallConvention) -> None:
         """Call the backbone in another way from now on."""
-        convention = self.convention = replace(convention, **_guarded(convention))
-        codec = convention.mask_format
-        if not isinstance(codec, MaskCodec):
-            codec = codec_for(codec, convention.mask_meaning, convention.mask_columns, self.modalities)
-        self.codec = codec
+        self.convention = replace(convention, **_guarded(convention))
+        self._format = CallFormat(self.backbone, self.convention, self.modalities)
 
     def presence(self, *modalities: int) -> Tensor:
         """Return a mask (B, M) in which the modalities with these numbers are present; all by default."""
@@ -164,11 +146,15 @@ class Probe:
         keep[:, list(modalities) or slice(None)] = True
         return keep
 
+    def whole_batch(self, modality: str) -> StudentInput:
+        """Show one modality alone, in every row."""
+        return StudentInput((modality,), torch.arange(self.batch))
+
     def images(self, *changed: int) -> Any:
         """Return noise images in which the content of the modalities with these numbers is other noise."""
         base, other = self._contents
         if not changed:
-            return tree_map(_copied, base)
+            return tree_map_only(Tensor, Tensor.clone, base)
         if self.convention.fill_missing is None:
             pairs = zip(split(base, self.modalities), split(other, self.modalities), strict=True)
             parts = [(new if m in changed else old).clone() for m, (old, new) in enumerate(pairs)]
@@ -176,7 +162,7 @@ class Probe:
         # Which entries belong to a modality is what the user's function changes where it is missing.
         keep = self.presence()
         keep[:, list(changed)] = False
-        hidden = self.convention.fill_missing(tree_map(_copied, base), keep)
+        hidden = self.convention.fill_missing(self.images(), keep)
         return tree_map(lambda old, gone, new: torch.where(old != gone, new, old), base, hidden, other)
 
     def neighbours(self, row: int) -> Any:
@@ -191,27 +177,34 @@ class Probe:
 
     def arguments(self, x: Any, keep: Tensor) -> BackboneCall:
         """Return the call as a user would make it."""
-        call = self._call.rows(self.index, self._size, whole=self._whole)
-        for argument, value in zip(self._inputs, x if self._several else (x,), strict=True):
-            call = call.replaced(argument, value)
-        if self._mask is not None:
-            call = call.replaced(self._mask, encoded_like(call.get(self._mask), self.codec, keep.to(self._device(x))))
-        return call
+        call = self._format.rows(self._call, self._index, self._size)
+        return self._format.with_mask(self._format.with_input(call, x), keep)
 
-    def run(self, x: Any, keep: Tensor, *, handlers: Mapping[nn.Module, Handler] | None = None, seed: int = 0) -> Any:
+    def run(
+        self,
+        x: Any = None,
+        keep: Tensor | None = None,
+        *,
+        handlers: Mapping[nn.Module, Handler] | None = None,
+        seed: int = 0,
+    ) -> Any:
         """Run the backbone on unblanked images, from a fixed random state; return its raw output.
+
+        Unless said otherwise on :meth:`images`, with a mask that says that everything is present.
 
         Raises:
             BackboneRunError: the backbone raised.
         """
-        call = self.arguments(x, keep)
+        keep = self.presence() if keep is None else keep
+        call = self.arguments(self.images() if x is None else x, keep)
         reseed(seed)
         with patched_forward(handlers or {}), backbone_errors():
             if self.convention.forward_fn is not None:
-                return self.convention.forward_fn(self.backbone, self._images(call), keep.to(self._device(x)))
+                images, keep = self._format.input_of(call), self._format.on_image_device(call, keep)
+                return self.convention.forward_fn(self.backbone, images, keep)
             return self.backbone(*call.args, **call.kwargs)
 
-    def outputs(self, x: Any, keep: Tensor, *, seed: int = 0) -> tuple[Any, Tensor]:
+    def outputs(self, x: Any = None, keep: Tensor | None = None, *, seed: int = 0) -> tuple[Any, Tensor]:
         """Like :meth:`run`, and return the prediction too: the output of the classifier, where that is known.
 
         Raises:
@@ -229,9 +222,20 @@ class Probe:
             raise BackboneError(f"the prediction of a batch of {self.batch} has shape {tuple(prediction.shape)}")
         return raw, prediction
 
-    def predict(self, x: Any, keep: Tensor, *, seed: int = 0) -> Tensor:
+    def predict(self, x: Any = None, keep: Tensor | None = None, *, seed: int = 0) -> Tensor:
         """Like :meth:`outputs`, without the raw output."""
         return self.outputs(x, keep, seed=seed)[1]
+
+    def change(self, base: Tensor, *modalities: int, keep: Tensor | None = None) -> float:
+        """Return the relative change from a prediction when the content of these modalities changes."""
+        return relative_difference(self.predict(self.images(*modalities), keep), base)
+
+    def fused(self, adapter: BackboneAdapter, keep: Tensor | None = None, **options: Any) -> FusedPass:
+        """Run the fused pass of :meth:`bind`'s adapter on noise, from a fixed random state."""
+        keep = self.presence() if keep is None else keep
+        call = self.arguments(self.images(), keep)
+        reseed()
+        return fused_pass(adapter, call, keep, **options)
 
     def initialize(self) -> None:
         """Run the template as it is, in evaluation mode: modules that have no parameters yet get them."""
@@ -246,19 +250,13 @@ class Probe:
         if self.through_call:
             how = CallConvention(fill_missing=spec.fill_missing, forward_fn=self.convention.forward_fn)
             spec = spec.replaced(**vars(how))
-        return _ProbeAdapter(self.backbone, spec.replaced(**_guarded(spec)), self.modalities, self.through_call)
+        adapter = _ProbeAdapter(self.backbone, spec.replaced(**_guarded(spec)), self.modalities)
+        adapter.through_call = self.through_call
+        return adapter
 
     def vector_hint(self) -> str:
         """Say which arguments of the template may have been left too long, if any."""
-        return vector_hint(self.backbone, self._call, self._size, whole=self._whole)
-
-    def _images(self, call: BackboneCall) -> Any:
-        values = tuple(call.get(argument) for argument in self._inputs)
-        return values if self._several else values[0]
-
-    def _device(self, x: Any) -> torch.device:
-        first = first_image(x, self.modalities)
-        return torch.device("cpu") if first is None else first.device
+        return self._format.vector_hint(self._call, self._size)
 
     def _noise(self, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
@@ -273,24 +271,25 @@ class Probe:
             drawn = torch.randn((self.batch, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
             return (drawn * (spread or 1.0) + mean).to(leaf.device, leaf.dtype)
 
-        example = self._images(self._call)
+        example = self._format.input_of(self._call)
         if self.convention.fill_missing is not None:
             return tree_map(noise, example)
         parts = [noise(part) for part in split(example, self.modalities)]
         # What else is in a mapping is kept, for the same rows.
-        return join(parts, self._images(self._call.rows(self.index, self._size, whole=self._whole)), self.modalities)
+        like = self._format.input_of(self._format.rows(self._call, self._index, self._size))
+        return join(parts, like, self.modalities)
 
 
 class _ProbeAdapter(BackboneAdapter):
     """Turns what the backbone raises into :class:`BackboneRunError`; fused passes may go through ``forward_fn`` too."""
 
-    def __init__(self, backbone: nn.Module, spec: BackboneSpec, modalities: Sequence[str], through_call: bool) -> None:
-        super().__init__(backbone, spec, modalities)
-        self._fused = spec.forward_fn if through_call else None
+    through_call = False
 
     def run(self, call: BackboneCall) -> Any:
         with backbone_errors():
-            return super().run(call) if self._fused is None else self._fused(self.backbone, *call.args)
+            if self.through_call and self.spec.forward_fn is not None:
+                return self.spec.forward_fn(self.backbone, *call.args)
+            return super().run(call)
 
 
 def _guarded(how: CallConvention | BackboneSpec) -> dict[str, Any]:
@@ -308,7 +307,3 @@ def _guarded(how: CallConvention | BackboneSpec) -> dict[str, Any]:
     if isinstance(how.mask_format, MaskCodec):
         found["mask_format"] = replace(how.mask_format, encode=guard(how.mask_format.encode))
     return found
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -150,6 +150,11 @@ class BackboneReport:
     replay_failures: dict[str, str] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the backbone draws random numbers in evaluation mode too."""
+        return self.batch is not None and self.batch.noise > EFFECT
+
     def raise_problems(self) -> None:
         """Raise one error with every problem; do nothing when there is none.
 

@@ -41,10 +41,7 @@ def sandbox(backbone: nn.Module) -> Iterator[None]:
 
     Put back, also after an exception: training flags, parameters, buffers, plain attributes of every module
     (networks keep features, masks and counters on themselves), the contents of lists and dictionaries found
-    there, and the random state of torch, NumPy and Python.
-
-    Args:
-        backbone: the network. Lazy modules that get their shapes inside keep them.
+    there, and the random state of torch, NumPy and Python. Lazy modules that get their shapes inside keep them.
     """
     state = _Snapshot(backbone)
     before = random.getstate(), np.random.get_state()

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from passion_plugin.backbone import BackboneSpec, Prediction, StudentInput, fused_pass, student_pass
+from passion_plugin.backbone import BackboneSpec, Prediction, StudentInput, student_pass
 from passion_plugin.detection._checks import different_masks
 from passion_plugin.detection._encoders import Encoders
 from passion_plugin.detection._gradients import gradient_difference, student_mode_difference, true_student
 from passion_plugin.detection._probe import EFFECT, Probe, equality_tolerance, reason_of, relative_difference
 from passion_plugin.detection._report import BackboneReport
 from passion_plugin.detection._sandbox import reseed
-from passion_plugin.errors import PassionError, listed
+from passion_plugin.errors import BackboneError, PassionError, listed
 
 
 @dataclass
@@ -39,16 +39,10 @@ class TrueRuns:
         return equality_tolerance(dtypes[0]) if dtypes else 0.0
 
 
-def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_sample_masks: bool) -> TrueRuns:
-    """Run every modality alone.
-
-    Args:
-        probe: the backbone, in a sandbox.
-        report: gets which of them are finite, and a warning where ``fill_missing`` hides nothing.
-        spec: of the backbone.
-        per_sample_masks: whether the samples of one batch may have different masks.
-    """
-    found = TrueRuns(_tables(probe.batch, len(probe.modalities), per_sample_masks))
+def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec) -> TrueRuns:
+    """Run every modality alone; the report gets which are finite, and whether ``fill_missing`` hides the others."""
+    mixed = spec.per_sample_masks and not report.noisy and probe.batch > 1
+    found = TrueRuns(_tables(probe.batch, len(probe.modalities), mixed))
     tried: set[str] = set()
     unhidden = []
     for table in found.tables:
@@ -60,8 +54,8 @@ def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_s
             tried.add(name)
             m = probe.modalities.index(name)
             try:
-                alone = true_student(probe, spec, table, student_input)
-                changed = true_student(probe, spec, table, student_input, m)
+                alone = true_student(probe, spec, student_input, table)
+                changed = true_student(probe, spec, student_input, table, changed=[m])
             except PassionError as error:
                 found.reasons_against.append(f"only {name!r}: {reason_of(error)}")
                 continue
@@ -73,7 +67,7 @@ def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_s
                 found.reasons_against.append(f"only {name!r}: its content does not reach the prediction")
             if spec.fill_missing is not None:
                 others = [number for number in range(len(probe.modalities)) if number != m]
-                leaking = true_student(probe, spec, table, student_input, *others)
+                leaking = true_student(probe, spec, student_input, table, changed=others)
                 if relative_difference(leaking.logits, alone.logits) > EFFECT:
                     unhidden.append(name)
     if unhidden:
@@ -85,43 +79,35 @@ def true_runs(probe: Probe, report: BackboneReport, spec: BackboneSpec, *, per_s
 
 
 def choose_student_mode(
-    probe: Probe,
-    report: BackboneReport,
-    spec: BackboneSpec,
-    truth: TrueRuns,
-    alternatives: Sequence[Encoders],
-    *,
-    noisy: bool,
-) -> BackboneSpec | None:
-    """Return the first candidate whose students equal the true runs, or None.
+    probe: Probe, report: BackboneReport, spec: BackboneSpec, truth: TrueRuns, alternatives: Sequence[Encoders]
+) -> BackboneSpec:
+    """Return the first candidate whose students equal the true runs.
 
-    Args:
-        probe: the backbone, in a sandbox.
-        report: gets the differences and exceptions of all candidates that were tried.
-        spec: what is known; a spec whose ``students`` is decided is only checked.
-        truth: the true runs.
-        alternatives: other sets of encoder modules, to try where those of the spec cannot be replayed.
-        noisy: the backbone draws random numbers, so that students must start where the encoders ended.
+    A spec whose ``students`` is decided is only checked. The ``alternatives`` are tried where the encoders of the spec
+    cannot be replayed. The report gets the differences and exceptions of everything that was tried.
+
+    Raises:
+        BackboneError: there is none.
     """
     for what, candidate in _candidates(spec, alternatives):
         for trial in (candidate, candidate.replaced(copy_features=True)):
             label = f"{what}, features copied" if trial.copy_features else what
             try:
-                error = _largest_difference(probe, trial, truth, noisy)
+                error = report.replay_errors[label] = _largest_difference(probe, trial, truth, report.noisy)
             except PassionError as failure:
                 report.replay_failures[label] = reason_of(failure)
-                if "copy_features" not in str(failure):
-                    break
-                continue
-            report.replay_errors[label] = error
-            if error > truth.tolerance:
+                if "copy_features" in str(failure):
+                    continue
                 break
-            reason = "" if noisy else _wrong_gradient(probe, trial, 10 * truth.tolerance)
-            if not reason:
-                return trial
-            report.replay_failures[label] = reason
+            if error <= truth.tolerance:
+                reason = "" if report.noisy else _wrong_gradient(probe, trial, 10 * truth.tolerance)
+                if not reason:
+                    return trial
+                report.replay_failures[label] = reason
             break
-    return None
+    tried = [f"{what}: {reason}" for what, reason in report.replay_failures.items()]
+    tried += [f"{what}: relative difference {error:.1e}" for what, error in report.replay_errors.items()]
+    raise BackboneError(f"no student mode gives what a true run gives ({'; '.join(tried[:2])})")
 
 
 def with_student_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
@@ -133,10 +119,8 @@ def with_student_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
         if owner is None or not isinstance(vars(owner).get("is_training"), bool):
             continue
         changed = spec.replaced(student_mode={f"{prefix}is_training": False})
-        table = probe.presence()
-        student_input = StudentInput.singles(probe.modalities, table)[0]
         try:
-            full, lean = (true_student(probe, how, table, student_input) for how in (spec, changed))
+            full, lean = (true_student(probe, how) for how in (spec, changed))
             tolerance = 10 * equality_tolerance(full.logits.dtype)
             kept = _difference(lean, full) <= 1e-6 and student_mode_difference(probe, spec, changed) <= tolerance
         except PassionError:
@@ -146,19 +130,17 @@ def with_student_mode(probe: Probe, spec: BackboneSpec) -> BackboneSpec:
     return spec
 
 
-def _tables(batch: int, count: int, per_sample_masks: bool) -> list[Tensor]:
+def _tables(batch: int, count: int, mixed: bool) -> list[Tensor]:
     """Return partial masks: together they show every modality in a row that misses another one."""
-    everything = torch.ones(batch, count, dtype=torch.bool)
     if count == 2:
-        if per_sample_masks and batch > 1:
+        everything = torch.ones(batch, count, dtype=torch.bool)
+        if mixed:
             everything[-1, -1] = False
         return [everything]
-    if per_sample_masks and batch > 1:
+    if mixed:
         return [different_masks(batch, count)]
-    without_last, without_first = everything.clone(), everything.clone()
-    without_last[:, -1] = False
-    without_first[:, 0] = False
-    return [without_last, without_first]
+    columns = torch.arange(count).expand(batch, -1)
+    return [columns != count - 1, columns != 0]
 
 
 def _candidates(spec: BackboneSpec, alternatives: Sequence[Encoders]) -> Iterator[tuple[str, BackboneSpec]]:
@@ -179,12 +161,11 @@ def _candidates(spec: BackboneSpec, alternatives: Sequence[Encoders]) -> Iterato
 
 
 def _largest_difference(probe: Probe, spec: BackboneSpec, truth: TrueRuns, noisy: bool) -> float:
+    """Compare students with the true runs; those of a noisy backbone must start where the encoders ended."""
     adapter = probe.bind(spec)
     worst = 0.0
     for table, alone in zip(truth.tables, truth.alone, strict=True):
-        reseed()
-        keep = noisy and spec.students in ("replay", "mixed")
-        fused = fused_pass(adapter, probe.arguments(probe.images(), table), table, keep_rng_state=keep)
+        fused = probe.fused(adapter, table, keep_rng_state=noisy and spec.students in ("replay", "mixed"))
         for student_input in StudentInput.singles(probe.modalities, table):
             (name,) = student_input.modalities
             if name not in alone:
