@@ -58,7 +58,7 @@ def blank_unequal(x: Tensor, mask: Tensor) -> Tensor:
     channels=(1, 3, 2),
     options={"channels": (1, 3, 2)},
     spec={
-        "absent": blank_unequal,
+        "fill_missing": blank_unequal,
         "encoders": {name: f"{name}_encoder" for name in THREE},
         "classifier": "classifier",
         "students": "replay",
@@ -112,7 +112,7 @@ def call_scaled(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 
 @zoo(
     pack=lambda images, presence: ((torch.cat(images, 1), presence), {"scale": torch.full((3,), 0.5)}),
-    spec={"call": call_scaled, "classifier": "classifier"},
+    spec={"forward_fn": call_scaled, "classifier": "classifier"},
     example=lambda x, mask, scale: (x, mask),
 )
 class ExtraArgument(Net):
