@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import re
 import subprocess
 import sys
@@ -695,5 +696,6 @@ def test_the_example_starts_with_torchrun(tmp_path: Path) -> None:
     assert set(told) == {"0", "1"}
     assert told["0"].split() == told["1"].split() != ["1.0000"] * 4
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["passion"]["preference"]["epoch"] == 2
+    packed = io.BytesIO(state["passion"]["_extra_state"]["strategy_state"])
+    assert torch.load(packed, weights_only=True)["epoch"] == 2
     assert not any(key.startswith("module.") for key in state["backbone"])

@@ -579,7 +579,7 @@ def test_students_and_teacher_can_share_the_dropout_mask() -> None:
     x, mask, y = batch([[1, 1]], dtype=torch.float64, side=8)
     x[:, 1] = x[:, 0]  # The mean of two equal features is each of them: students equal the teacher.
     shared = wrap(net, PassionConfig(share_random_state=True))
-    step(shared, *batch([[1, 1]], dtype=torch.float64, side=8))  # At the first step equal students would be refused.
+    step(shared, *batch([[1, 1]], dtype=torch.float64, side=8))
     torch.manual_seed(0)
     step(shared, x, mask, y)
     assert shared.passion.loss_terms().distance.max() < 1e-12

@@ -674,3 +674,13 @@ class TestStudentsThatAreTheTeacher:
             model(x * float("nan"), passion_presence=mask, passion_target=y)
         with pytest.raises(BackboneError, match="the very features of the teacher"):
             model(x, passion_presence=mask, passion_target=y)
+
+    @pytest.mark.parametrize("same", ["blank", "equal"])
+    def test_images_that_cannot_tell_are_no_reason_and_the_next_batch_is_compared(self, same: str) -> None:
+        net = NoMaskNet(M)
+        model = PassionWrapper(net, M, missing_rates=RATES, spec=spec_of(net, students="replay", mask_argument=None))
+        x, mask, y = batch([[1, 1, 1]] * 2)
+        alike = torch.zeros_like(x) if same == "blank" else x[:, :1].expand_as(x).contiguous()
+        model(alike, passion_presence=mask, passion_target=y)
+        with pytest.raises(BackboneError, match="the very features of the teacher"):
+            model(x, passion_presence=mask, passion_target=y)

@@ -178,6 +178,13 @@ class BackboneAdapter(CallFormat):
             )
         return self._checked_mask(self._codec.decode(call.get(self._mask)), batch, "the mask")
 
+    def modalities_differ(self, call: BackboneCall) -> bool:
+        """Whether the images of the modalities hold different content, as far as they can be told apart."""
+        if self.spec.fill_missing is not None:
+            return True
+        first, *others = split(self.input_of(call), self.modalities)
+        return not all(part.shape == first.shape and torch.equal(part, first) for part in others)
+
     def image_size(self, call: BackboneCall) -> tuple[int, ...] | None:
         """Return the spatial size of the images, or None when they are in a container of their own kind."""
         first = first_image(self.input_of(call), self.modalities)

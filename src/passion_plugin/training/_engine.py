@@ -94,6 +94,7 @@ class PassionEngine(nn.Module):
         self._attached = self._detached = self._running = False
         self._disabled = 0
         self._checked = False  # Whether a first training pass has been looked at.
+        self._compared = False  # Whether students were seen to differ from their teacher.
         self._collective = False  # What that found: whether a forward is a collective call.
         self._scaling = EncoderGradientScaling()
         self._step: TrainingStep | None = None
@@ -340,9 +341,9 @@ class PassionEngine(nn.Module):
         if first:
             _check_first(adapter, fused)
         students, unused = self._students(adapter, fused, available)
-        if first:
-            _refuse_copies_of_the_teacher(fused, students)
-            self._checked = True
+        self._checked = True
+        if students and not self._compared:
+            self._compared = _differ_from_teacher(adapter, fused, students)
         return TrainingStep(
             adapter=adapter,
             call=fused.call,
@@ -570,11 +571,21 @@ def _check_first(adapter: BackboneAdapter, fused: FusedPass) -> None:
         )
 
 
-def _refuse_copies_of_the_teacher(fused: FusedPass, students: Sequence[Student]) -> None:
-    """Refuse students that all see what the teacher saw: there would be nothing to distil, without a word."""
+def _differ_from_teacher(adapter: BackboneAdapter, fused: FusedPass, students: Sequence[Student]) -> bool:
+    """Whether students see something else than the teacher; False where the images of a batch cannot tell.
+
+    Raises:
+        BackboneError: every student has the features of the teacher, bit for bit, although the images of the
+            modalities differ: there would be nothing to distil, without a word.
+    """
     pairs = [(student.prediction.features, fused.prediction.rows(student.rows).features) for student in students]
-    if pairs and all(torch.equal(ours, theirs) and bool(theirs.any()) for ours, theirs in pairs):
-        raise BackboneError(
-            "every student predicts from the very features of the teacher, so that nothing would be distilled: this "
-            "backbone masks its images and not its features. Set BackboneSpec(students='mixed'), or 'auto' to find out"
-        )
+    if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+        return True
+    rows = torch.cat([student.rows for student in students]).unique()
+    dead = not any(bool(theirs.any()) for _, theirs in pairs)  # Dropout or an activation left nothing.
+    if dead or not adapter.modalities_differ(adapter.rows(fused.call, rows, fused.batch)):
+        return False
+    raise BackboneError(
+        "every student predicts from the very features of the teacher, so that nothing would be distilled: this "
+        "backbone masks its images and not its features. Set BackboneSpec(students='mixed'), or 'auto' to find out"
+    )
